@@ -1,0 +1,69 @@
+"""Checkpoint management for fine-tuning: there is always a last good checkpoint, and the best one is never lost.
+
+Nothing here imports torch until a Trainer is managed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lastgood.errors import (
+        Conflict as Conflict,
+        CorruptCheckpoint as CorruptCheckpoint,
+        Incompatible as Incompatible,
+        IncompleteRestore as IncompleteRestore,
+        LastgoodError as LastgoodError,
+        NoCheckpoint as NoCheckpoint,
+        NotEnoughSpace as NotEnoughSpace,
+        NotSupported as NotSupported,
+        Preempted as Preempted,
+        RunLocked as RunLocked,
+        SaveFailed as SaveFailed,
+        UsageError as UsageError,
+    )
+    from lastgood.integrations.transformers.manage import manage as manage
+    from lastgood.integrations.transformers.trainer import ManagedTrainer as ManagedTrainer
+    from lastgood.policy import Keep as Keep
+    from lastgood.run import Run as Run, open as open
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Conflict": "lastgood.errors",
+    "CorruptCheckpoint": "lastgood.errors",
+    "Incompatible": "lastgood.errors",
+    "IncompleteRestore": "lastgood.errors",
+    "Keep": "lastgood.policy",
+    "LastgoodError": "lastgood.errors",
+    "ManagedTrainer": "lastgood.integrations.transformers.trainer",
+    "NoCheckpoint": "lastgood.errors",
+    "NotEnoughSpace": "lastgood.errors",
+    "NotSupported": "lastgood.errors",
+    "Preempted": "lastgood.errors",
+    "Run": "lastgood.run",
+    "RunLocked": "lastgood.errors",
+    "SaveFailed": "lastgood.errors",
+    "UsageError": "lastgood.errors",
+    "manage": "lastgood.integrations.transformers.manage",
+    "open": "lastgood.run",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lastgood' has no attribute {name!r}")
+    try:
+        module = importlib.import_module(_HOMES[name])
+    except ModuleNotFoundError as error:
+        if error.name in ("torch", "transformers", "numpy", "accelerate"):
+            raise ImportError(f"lastgood.{name} needs {error.name}: pip install 'lastgood[trl]'") from error
+        raise
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,168 @@
+"""safetensors files, written and read by ourselves: own file descriptors, own hashes, stricter headers.
+
+Layout (https://github.com/huggingface/safetensors, "Format"): 8 bytes little-endian header
+length, JSON header, tensor data without holes in the order of their offsets.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from lastgood.errors import CorruptCheckpoint, UsageError
+
+HEADER_LIMIT = 100 << 20
+"""Largest header that is read (100 MB, as the library)."""
+
+SIZES = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1),
+}
+"""Bytes per element of each dtype code."""
+
+
+class Tensor(NamedTuple):
+    """One entry; `data` holds its elements in C order, little-endian."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview
+
+
+class Slot(NamedTuple):
+    """Where a tensor is in a file: bytes [begin, end) counted from the start of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class Header(NamedTuple):
+    """slots in the order of the data."""
+
+    slots: dict[str, Slot]
+    metadata: dict[str, str]
+
+
+def encode(
+    tensors: Iterable[Tensor], metadata: Mapping[str, str] | None = None
+) -> tuple[int, Iterator[bytes | memoryview]]:
+    """(bytes in total, the chunks of the file). Wide dtypes come first, so that every tensor is aligned."""
+    ordered = sorted(tensors, key=lambda tensor: (-_width(tensor), tensor.name))
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for tensor in ordered:
+        if tensor.name in header or tensor.name == "__metadata__":
+            raise UsageError(f"two tensors are called {tensor.name!r}")
+        if len(tensor.data) != _width(tensor) * _count(tensor.shape):
+            raise UsageError(f"tensor {tensor.name!r} has {len(tensor.data)} bytes, not those of its shape")
+        end = offset + len(tensor.data)
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+
+    def chunks() -> Iterator[bytes | memoryview]:
+        yield struct.pack("<Q", len(text)) + text
+        for tensor in ordered:
+            yield tensor.data
+
+    return 8 + len(text) + offset, chunks()
+
+
+def read_header(path: Path) -> Header:
+    """The header, checked: every byte of the file belongs to exactly one tensor. Raises CorruptCheckpoint."""
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+        with os.fdopen(handle, "rb") as file:
+            length = os.fstat(handle).st_size
+            start = file.read(8)
+            count = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            if not 2 <= count <= min(HEADER_LIMIT, max(0, length - 8)):
+                raise CorruptCheckpoint(f"{path}: no safetensors header ({length} bytes, header length {count})")
+            text = file.read(count)
+    except OSError as error:
+        raise CorruptCheckpoint(f"{path} can't be read: {error.strerror or error}") from error
+    return _parse(path, text, 8 + count, length)
+
+
+def _parse(path: Path, text: bytes, start: int, length: int) -> Header:
+    try:
+        raw = json.loads(text, object_pairs_hook=_unique)
+        metadata = raw.pop("__metadata__", {})
+        slots = {name: _slot(name, value, start) for name, value in raw.items()}
+        if not all(isinstance(k, str) and isinstance(v, str) for k, v in metadata.items()):
+            raise ValueError("metadata that isn't text")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CorruptCheckpoint(f"{path}: bad safetensors header: {error}") from error
+    at = start
+    ordered = dict(sorted(slots.items(), key=lambda item: (item[1].begin, item[1].end)))
+    for name, slot in ordered.items():
+        if slot.begin != at:
+            raise CorruptCheckpoint(f"{path}: tensor {name!r} begins at byte {slot.begin}, expected {at}")
+        at = slot.end
+    if at != length:
+        raise CorruptCheckpoint(f"{path}: its tensors end at byte {at}, the file has {length}")
+    return Header(ordered, metadata)
+
+
+def _slot(name: str, value: dict[str, object], start: int) -> Slot:
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in SIZES:
+        raise ValueError(f"tensor {name!r} has dtype {dtype!r}")
+    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 1 << 48 for n in shape) or len(shape) > 64:
+        raise ValueError(f"tensor {name!r} has shape {shape!r}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
+        raise ValueError(f"tensor {name!r} has offsets {offsets!r}")
+    begin, end = offsets
+    if end - begin != SIZES[dtype] * _count(tuple(shape)):
+        raise ValueError(f"tensor {name!r} has {end - begin} bytes for {dtype}{shape}")
+    return Slot(dtype, tuple(shape), start + begin, start + end)
+
+
+def load(path: Path) -> dict[str, Tensor]:
+    """All tensors; their data are writable views into one buffer of the file's size. Raises CorruptCheckpoint."""
+    header = read_header(path)
+    length = max((slot.end for slot in header.slots.values()), default=0)
+    buffer = bytearray(length)
+    try:
+        with open(path, "rb", buffering=0) as file:
+            view, at = memoryview(buffer), 0
+            while at < length and (count := file.readinto(view[at:])):
+                at += count
+    except OSError as error:
+        raise CorruptCheckpoint(f"{path} can't be read: {error.strerror or error}") from error
+    if at != length:
+        raise CorruptCheckpoint(f"{path}: {at} bytes could be read, {length} expected")
+    return {
+        name: Tensor(name, slot.dtype, slot.shape, view[slot.begin : slot.end]) for name, slot in header.slots.items()
+    }
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    # JSON lets a key come twice and readers differ in which one wins.
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name comes twice")
+    return result
+
+
+def _width(tensor: Tensor) -> int:
+    if tensor.dtype not in SIZES:
+        raise UsageError(f"tensor {tensor.name!r} has dtype {tensor.dtype}, which safetensors has no word for")
+    return SIZES[tensor.dtype]
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    total = 1
+    for extent in shape:
+        total *= extent
+    return total

@@ -1,0 +1,127 @@
+"""A Trainer's state -> the parts of a checkpoint, written into a staging directory."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers.trainer_callback import ExportableState
+
+from lastgood.integrations.transformers import guard
+from lastgood.repo.staging import Staging
+from lastgood.state import optimizer, rng, tree
+from lastgood.state.data import Position
+from lastgood.state.rng import Rng
+from lastgood.state.tensors import named
+from lastgood.state.weights import Coverage, taken_over
+
+TENSOR_METADATA = {"format": "pt"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moment:
+    """Where in the loop a save happens: what a resume has to catch up with before the next step.
+
+    where: "step" (inside an epoch, its end not announced yet) or "epoch" (at its end).
+    evaluate: an evaluation is due at this step and comes after the save.
+    """
+
+    where: str
+    evaluate: bool
+    updates_per_epoch: int
+    rng: Rng
+    position: Position | None
+
+
+def write(trainer: Any, staging: Staging, coverage: Coverage, moment: Moment) -> None:
+    """Stage everything: weights through save_model, the rest by ourselves, no pickle anywhere."""
+    with taken_over(staging.path) as files:
+        trainer.save_model(staging.path, _internal_call=True)
+    digests, extras = coverage.extras(trainer.model, files)
+    for file in files:
+        staging.tensors(file.name, "model", named(file.tensors), file.metadata)
+    if extras:
+        staging.tensors("extra.safetensors", "model", named(extras), TENSOR_METADATA)
+    staging.data("tensors.json", "model", _json({"format": 1, "tensors": digests}))
+    for name in guard.NAMES:
+        staging.data(name, "model", guard.content(name))
+    staging.data("trainer_state.json", "model", trainer_state(trainer))
+    if not trainer.args.save_only_model:
+        _write_resume_state(trainer, staging, moment)
+    staging.adopt("model")
+
+
+def _write_resume_state(trainer: Any, staging: Staging, moment: Moment) -> None:
+    values, tensors = optimizer.capture(trainer.optimizer, trainer.model)
+    scaler = getattr(trainer.accelerator, "scaler", None)
+    resume = {
+        "format": 1,
+        "optimizer": values,
+        "scheduler": tree.encode(trainer.lr_scheduler.state_dict(), tensors, "scheduler"),
+        "scaler": None if scaler is None else tree.encode(scaler.state_dict(), tensors, "scaler"),
+        "rng": rng.encode(moment.rng),
+        "data": None if moment.position is None else moment.position.encode(),
+        "callbacks": tree.encode(callback_states(trainer), tensors, "callbacks"),
+        "progress": {
+            "global_step": trainer.state.global_step,
+            "epoch": trainer.state.epoch,
+            "where": moment.where,
+            "evaluate": moment.evaluate,
+            "updates_per_epoch": moment.updates_per_epoch,
+            "loss_window": tree.encode(float(trainer._tr_loss.item()), {}, "loss_window"),
+            "last_logged_step": trainer._globalstep_last_logged,
+        },
+    }
+    staging.tensors("optimizer.safetensors", "optimizer", named(tensors), TENSOR_METADATA)
+    staging.data("resume.json", "progress", _json(resume))
+
+
+def callback_states(trainer: Any) -> list[dict[str, Any]]:
+    """State of the callbacks that have one, in the order in which they are registered."""
+    states = []
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, ExportableState):
+            states.append({"class": type(callback).__name__, "state": callback.state().get("attributes", {})})
+    return states
+
+
+def trainer_state(trainer: Any) -> bytes:
+    """trainer_state.json as the stock Trainer writes it, so that notebooks and plots keep working."""
+    for callback in [*trainer.callback_handler.callbacks, trainer.control]:
+        if isinstance(callback, ExportableState):
+            name = type(callback).__name__
+            known = trainer.state.stateful_callbacks.get(name)
+            if isinstance(known, list):
+                known.append(callback.state())
+            else:
+                trainer.state.stateful_callbacks[name] = callback.state()
+    return _json(_valid(asdict(trainer.state)), indent=2)
+
+
+def _valid(value: Any) -> Any:
+    """JSON has no NaN and no infinity; the stock Trainer writes them all the same and other readers choke."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _valid(item) for key, item in value.items()}
+    return [_valid(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _json(value: Any, indent: int | None = None) -> bytes:
+    return (json.dumps(value, allow_nan=False, sort_keys=indent is not None, indent=indent) + "\n").encode()
+
+
+def estimate(trainer: Any, *, full: bool) -> int:
+    """Bytes that a save will need: weights that are saved plus optimizer state, from the live tensors."""
+    model = trainer.model
+    adapter = hasattr(model, "peft_config")
+    weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad or not adapter)
+    total = weights + sum(b.numel() * b.element_size() for b in model.buffers() if not adapter)
+    if full and trainer.optimizer is not None:
+        for entry in optimizer.plain(trainer.optimizer).state.values():
+            values = entry.values() if isinstance(entry, Mapping) else ()
+            total += sum(v.numel() * v.element_size() for v in values if hasattr(v, "element_size"))
+    return int(total)

@@ -1,0 +1,66 @@
+"""The options of `manage`, checked where they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lastgood.errors import UsageError, wrong_type
+from lastgood.policy import Keep, known_mode
+
+MISSABLE = frozenset({"optimizer", "scheduler", "rng", "scaler", "data", "progress", "base_model", "callbacks"})
+"""What `allow_missing` may name: every part but the weights, and the frozen base under an adapter."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """keep: what to retain; None takes save_total_limit, metric_for_best_model and greater_is_better.
+    on_error: a save that fails warns and training goes on, or raises SaveFailed.
+    verify: "full" hashes every byte before a resume, "quick" compares sizes and headers.
+    allow_missing: parts that a resume may go without; they start afresh, and the report says so.
+    hyperparameters: on resume learning rate, weight decay, betas as saved, or this run's ("new").
+    data_skip: how a resume gets past the batches already trained on; "auto" reads them again only where
+        loading may draw random numbers in worker processes, "fast" never does, "replay" always.
+    takeover: write to the run although another process holds it (that one is fenced off).
+    """
+
+    keep: Keep | None = None
+    on_error: Literal["warn", "raise"] = "warn"
+    verify: Literal["full", "quick"] = "full"
+    allow_missing: Sequence[str] = ()
+    hyperparameters: Literal["saved", "new"] = "saved"
+    data_skip: Literal["auto", "fast", "replay"] = "auto"
+    takeover: bool = False
+
+    def __post_init__(self) -> None:
+        if self.keep is not None and not isinstance(self.keep, Keep):
+            raise wrong_type("keep", self.keep, "a lastgood.Keep, for instance Keep(last=2, best=3, monitor='eval_loss')")
+        for name, allowed in (
+            ("on_error", ("warn", "raise")),
+            ("verify", ("full", "quick")),
+            ("hyperparameters", ("saved", "new")),
+            ("data_skip", ("auto", "fast", "replay")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise wrong_type(name, getattr(self, name), " or ".join(repr(value) for value in allowed))
+        if not isinstance(self.takeover, bool):
+            raise wrong_type("takeover", self.takeover, "True or False")
+        if isinstance(self.allow_missing, str) or not set(self.allow_missing) <= MISSABLE:
+            raise wrong_type("allow_missing", self.allow_missing, f"a list of names out of {sorted(MISSABLE)}")
+
+
+def retention(options: Options, args: Any) -> Keep:
+    """The policy in force: `keep` if it was given, else what the Trainer's own arguments say."""
+    if options.keep is not None:
+        if args.save_total_limit is not None and args.save_total_limit > 0:
+            raise UsageError(
+                f"keep={options.keep} and save_total_limit={args.save_total_limit} both say what to keep",
+                hint="remove one of the two",
+            )
+        return options.keep
+    monitor = args.metric_for_best_model
+    mode: Literal["min", "max"] | None = None
+    if monitor is not None:
+        mode = known_mode(monitor) if args.greater_is_better is None else ("max" if args.greater_is_better else "min")
+    return Keep.from_limit(args.save_total_limit, monitor, mode)

@@ -1,0 +1,140 @@
+"""A verified managed checkpoint -> a Trainer, part by part, with a line in the report for each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer_callback import ExportableState
+
+from lastgood.errors import CorruptCheckpoint, IncompleteRestore
+from lastgood.format import tensors as safetensors
+from lastgood.model import Record
+from lastgood.state import optimizer, tree, weights
+from lastgood.state.data import Position
+from lastgood.state.tensors import from_bytes
+
+
+@dataclass(slots=True)
+class Source:
+    """One checkpoint being restored, and the protocol of it."""
+
+    path: Path
+    record: Record
+    allow: Collection[str] = ()
+    restored: list[tuple[str, str]] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    _resume: dict[str, Any] | None = None
+    _tensors: dict[str, torch.Tensor] | None = None
+
+    @property
+    def manifest_parts(self) -> dict[str, tuple[str, ...]]:
+        return {} if self.record.manifest is None else self.record.manifest.parts
+
+    @property
+    def resume(self) -> dict[str, Any]:
+        """resume.json; {} for a checkpoint that holds the weights alone."""
+        if self._resume is None:
+            name = self.path / "resume.json"
+            self._resume = _read_json(name) if "progress" in self.manifest_parts else {}
+        return self._resume
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors of optimizer, scheduler, scaler and callbacks."""
+        if self._tensors is None:
+            name = self.path / "optimizer.safetensors"
+            loaded = safetensors.load(name) if "optimizer" in self.manifest_parts else {}
+            self._tensors = {key: from_bytes(entry) for key, entry in loaded.items()}
+        return self._tensors
+
+    def done(self) -> None:
+        """Everything was handed out: let go of the buffers."""
+        self._tensors = None
+
+    # ---- parts ---------------------------------------------------------------------------
+
+    def weights(self, model: torch.nn.Module) -> None:
+        """Every parameter and buffer of `model`, proven by digest."""
+        expected = _read_json(self.path / "tensors.json")["tensors"]
+        counts = weights.restore(model, expected, self._saved_weights, allow_base="base_model" in self.allow)
+        detail = ", ".join(f"{number} {how}" for how, number in counts.items() if number)
+        self.restored.append(("model", f"all {len(expected)} tensors proven ({detail})"))
+
+    def _saved_weights(self) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        for name in self.manifest_parts["model"]:
+            if name.endswith(".safetensors"):
+                # Two adapters use the same tensor names in two directories; the digest finds either.
+                prefix = f"{name.rpartition('/')[0]}/" if "/" in name else ""
+                for key, entry in safetensors.load(self.path / name).items():
+                    found[prefix + key] = from_bytes(entry)
+        return found
+
+    def optimizer(self, trainer: Any) -> None:
+        if self._has("optimizer"):
+            optimizer.restore(trainer.optimizer, trainer.model, self.resume["optimizer"], self.tensors)
+            kind = self.resume["optimizer"]["class"].rpartition(".")[2]
+            self.restored.append(("optimizer", f"{kind}, {len(self.resume['optimizer']['state'])} parameters"))
+
+    def scheduler(self, trainer: Any) -> None:
+        if self._has("scheduler"):
+            trainer.lr_scheduler.load_state_dict(tree.decode(self.resume["scheduler"], self.tensors))
+            rates = ", ".join(f"{group['lr']:.4g}" for group in trainer.optimizer.param_groups[:1])
+            self.restored.append(("scheduler", f"{type(trainer.lr_scheduler).__name__}, learning rate {rates}"))
+
+    def scaler(self, trainer: Any) -> None:
+        live = getattr(trainer.accelerator, "scaler", None)
+        if live is not None and self._has("scaler"):
+            live.load_state_dict(tree.decode(self.resume["scaler"], self.tensors))
+            self.restored.append(("scaler", f"scale {live.get_scale():g}"))
+
+    def callbacks(self, trainer: Any) -> None:
+        """Attributes of callbacks that export them; matched by class, in order."""
+        waiting = tree.decode(self.resume.get("callbacks", []), self.tensors)
+        for callback in trainer.callback_handler.callbacks:
+            if not isinstance(callback, ExportableState):
+                continue
+            match = next((entry for entry in waiting if entry["class"] == type(callback).__name__), None)
+            if match is None:
+                continue
+            waiting.remove(match)
+            for name, value in match["state"].items():
+                setattr(callback, name, value)
+            self.restored.append(("callback", type(callback).__name__))
+
+    def position(self) -> Position | None:
+        value = self.resume.get("data")
+        return None if value is None else Position.decode(value)
+
+    def require(self, *parts: str) -> None:
+        """Raise IncompleteRestore, before anything is changed, for parts that are missing and weren't allowed to be."""
+        lost = [part for part in parts if self.resume.get(part) is None and part not in self.allow]
+        if lost:
+            raise IncompleteRestore(
+                f"{self.record.name} holds no {', '.join(lost)}"
+                + ("" if self.record.state == "full" else " (only its weights were kept)"),
+                hint=f"resume from a full checkpoint, or lastgood.manage(trainer, allow_missing={lost}) to start"
+                " these afresh",
+            )
+
+    def _has(self, part: str) -> bool:
+        if self.resume.get(part) is not None:
+            return True
+        self.require(part)
+        self.missing.append(part)
+        return False
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CorruptCheckpoint(f"{path} can't be read: {error}") from error
+    if not isinstance(value, dict) or value.get("format") != 1:
+        raise CorruptCheckpoint(f"{path} is not in a format that this version of lastgood reads")
+    return value

@@ -1,0 +1,154 @@
+"""What the value of `resume_from_checkpoint` means: the checkpoint to continue from, or a fresh start."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lastgood.errors import CorruptCheckpoint, NoCheckpoint, UsageError, wrong_type
+from lastgood.manager import Manager
+from lastgood.model import Record
+from lastgood.repo import stock, verify
+from lastgood.repo.layout import HIDDEN, step_of
+from lastgood.repo.read import records
+
+SUPPORTED = "True, 'auto', 'last', 'best', a step, a path of a checkpoint, False or None"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """path: the checkpoint's directory. record: what is known of it; None for one that a stock Trainer wrote.
+
+    own: it belongs to the run in this output_dir, which therefore goes on; otherwise a new run begins with its state.
+    """
+
+    path: Path
+    record: Record | None
+    own: bool
+    skipped: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Fresh:
+    """No checkpoint to continue from; `why` is said aloud."""
+
+    why: str
+
+
+def resolve(manager: Manager, value: Any, *, full: bool = True) -> Target | Fresh:
+    """Raises NoCheckpoint where something was asked for that isn't there, and never picks what wasn't verified."""
+    if value is None or value is False:
+        return Fresh(_why_fresh(manager, value))
+    if value is True or value == "auto":
+        return _auto(manager)
+    if isinstance(value, int) or (isinstance(value, str) and value.isdigit()):
+        return _own(manager, int(value), full=full)
+    if value in ("last", "best"):
+        return _own(manager, value, full=full)
+    if isinstance(value, (str, os.PathLike)):
+        return _path(manager, Path(value))
+    raise wrong_type("resume_from_checkpoint", value, SUPPORTED)
+
+
+def _why_fresh(manager: Manager, value: Any) -> str:
+    there = [record.name for record in manager.records() if record.ours]
+    if not there:
+        return ""
+    return (
+        f"starting a new run although {manager.root} holds {len(there)} checkpoints of an earlier one"
+        f" ({', '.join(there[-3:])}): they stay as they are; resume_from_checkpoint='auto' continues from them"
+        + ("" if value is False else ", False says that this is meant")
+    )
+
+
+def _auto(manager: Manager) -> Target | Fresh:
+    everything = manager.records()
+    own = [record for record in everything if record.state in ("full", "weights", "incomplete")]
+    if any(record.ours for record in own):
+        return _own(manager, "last")
+    old = [stock.inspect(manager.root / record.name) for record in everything if record.state == "stock"]
+    if old:
+        return _stock_auto(manager, old)
+    if own:
+        listing = "".join(f"\n  {record.name}: {record.problem}" for record in own)
+        raise NoCheckpoint(
+            f"no checkpoint in {manager.root} is good{listing}",
+            hint="resume_from_checkpoint=False starts afresh and leaves these as they are",
+        )
+    foreign = [record.name for record in everything if record.state == "foreign"]
+    beside = f"; {', '.join(foreign[:3])} belong to another run and are left alone" if foreign else ""
+    return Fresh(f"no checkpoint in {manager.root} yet: starting at step 0{beside}")
+
+
+def _own(manager: Manager, what: Any, *, full: bool = True) -> Target:
+    found = manager.find(what, full=full)
+    damaged = tuple(name for name, reason in found.skipped if reason != "holds the weights alone")
+    manager.quarantine(damaged)
+    return Target(path=manager.root / found.record.name, record=found.record, own=True, skipped=found.skipped)
+
+
+def _stock_auto(manager: Manager, old: list[stock.Stock]) -> Target:
+    """The newest intact checkpoint of an unmanaged run; if two runs share the directory, nobody guesses."""
+    skipped = tuple((item.path.name, "; ".join(item.problems)) for item in old if item.problems)
+    good = [item for item in old if not item.problems]
+    usable = [item for item in good if _resumable(item)]
+    skipped += tuple((item.path.name, _lacking(item)) for item in good if not _resumable(item))
+    if not usable:
+        listing = "".join(f"\n  {name}: {reason}" for name, reason in skipped)
+        raise NoCheckpoint(
+            f"no checkpoint in {manager.root} can be resumed from{listing}",
+            hint="resume_from_checkpoint=False starts afresh and leaves these as they are",
+        )
+    groups = stock.chain(usable)
+    if len(groups) > 1:
+        listing = "; ".join(", ".join(item.path.name for item in group) for group in groups)
+        raise NoCheckpoint(
+            f"{manager.root} holds checkpoints of {len(groups)} different runs ({listing}): which one to continue from?",
+            hint="name one: resume_from_checkpoint='<path of the checkpoint>'",
+        )
+    newest = max(usable, key=lambda item: item.step)
+    return Target(path=newest.path, record=None, own=False, skipped=skipped, notes=(_STOCK_NOTE,))
+
+
+_STOCK_NOTE = "written by a stock Trainer: read with weights_only=True, no hashes to check it against"
+
+
+def _resumable(item: stock.Stock) -> bool:
+    return not _lacking(item)
+
+
+def _lacking(item: stock.Stock) -> str:
+    lost = [name for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth") if name not in item.parts]
+    return f"no {', '.join(lost)}" if lost else ""
+
+
+def _path(manager: Manager, path: Path) -> Target:
+    if not path.is_dir():
+        near = ", ".join(record.name for record in manager.records()[-3:]) or "none"
+        raise NoCheckpoint(f"{path} is not a directory; checkpoints in {manager.root}: {near}")
+    if (path / HIDDEN).is_dir() or (step_of(path.name) is None and any(step_of(p.name) is not None for p in path.iterdir())):
+        raise UsageError(
+            f"{path} is a run, not a checkpoint",
+            hint=f"name one of its checkpoints, or use resume_from_checkpoint='auto' with output_dir={str(path)!r}",
+        )
+    if not (path / "lastgood.json").exists():
+        return _stock_path(path)
+    same_run = path.resolve().parent == manager.root.resolve()
+    record = next((r for r in records(path.parent) if r.name == path.name), None)
+    if record is None or record.manifest is None or record.problem and record.state == "incomplete":
+        reason = "not a checkpoint directory" if record is None else record.problem
+        raise CorruptCheckpoint(f"{path} can't be resumed from: {reason}", hint="resume_from_checkpoint='auto'")
+    faults = verify.problems(path.parent, record, full=manager.verify == "full")
+    if faults:
+        raise CorruptCheckpoint(f"{path} is damaged: {'; '.join(faults[:3])}", hint="resume_from_checkpoint='auto'")
+    return Target(path=path, record=record, own=same_run and record.ours)
+
+
+def _stock_path(path: Path) -> Target:
+    item = stock.inspect(path)
+    if item.problems:
+        raise CorruptCheckpoint(f"{path} is damaged: {'; '.join(item.problems)}", hint="choose another checkpoint")
+    return Target(path=path, record=None, own=False, notes=(_STOCK_NOTE,))

@@ -1,0 +1,296 @@
+"""One `train()` of a managed Trainer: what its hooks share, from the lock to the last deletion."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lastgood import policy
+from lastgood.errors import NoCheckpoint, Preempted
+from lastgood.integrations.transformers import capture, settings, unmanaged
+from lastgood.integrations.transformers.events import Events, StopRequest
+from lastgood.integrations.transformers.options import Options, retention
+from lastgood.integrations.transformers.restore import Source
+from lastgood.integrations.transformers.resume import Fresh, Target, resolve
+from lastgood.manager import Manager
+from lastgood.model import Record, finite
+from lastgood.report import Change, Report
+from lastgood.repo import journal
+from lastgood.state import rng, weights
+from lastgood.state.data import Tracker
+from lastgood.state.rng import Rng
+from lastgood.state.weights import Coverage
+from lastgood.talk import say, warn
+
+
+@dataclass(slots=True)
+class Session:
+    """Attributes are in the order in which a run fills them."""
+
+    trainer: Any
+    options: Options
+    stop: StopRequest = field(default_factory=StopRequest)
+    report: Report | None = None
+    manager: Manager | None = None
+    target: Target | None = None
+    source: Source | None = None
+    coverage: Coverage | None = None
+    tracker: Tracker = field(default_factory=Tracker)
+    updates_per_epoch: int = 1
+    finished: bool = False  # the checkpoint resumed from is the last step of the run
+    caught_up: bool = True  # nothing left to do of the step that was resumed from
+    where: str = "step"
+    evaluate: bool = False  # an evaluation of this very step is still to come
+    evaluating: Rng | None = None  # inside an evaluation: the generators as they were before it
+    unsaved_metrics: dict[int, Mapping[str, Any]] = field(default_factory=dict)
+    changed: list[Change] = field(default_factory=list)
+    saved_step: int = -1
+
+    # ---- begin and end -------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Put our callback behind the others, once."""
+        handler = self.trainer.callback_handler
+        handler.callbacks = [callback for callback in handler.callbacks if not isinstance(callback, Events)]
+        handler.callbacks.append(Events(self))
+
+    @contextmanager
+    def active(self, value: Any, trial: Any) -> Iterator[str | None]:
+        """Hold the run for one `train()`; yields the directory to resume from, None for a fresh start."""
+        args = self.trainer.args
+        self.manager = Manager(
+            root=Path(self.trainer._get_output_dir(trial)),
+            keep=retention(self.options, args),
+            on_error=self.options.on_error,
+            verify=self.options.verify,
+        )
+        self._reset()
+        self.attach()
+        self.manager.open(takeover=self.options.takeover)
+        event = "interrupted"
+        try:
+            found = resolve(self.manager, value)
+            self.target = found if isinstance(found, Target) else None
+            if isinstance(found, Fresh) and found.why:
+                say(found.why)
+            with self.stop.listening():
+                yield None if self.target is None else os.fspath(self.target.path)
+            event = "finished"
+        except Preempted:
+            event = "preempted"
+            raise
+        finally:
+            self.manager.close(event)
+
+    def _reset(self) -> None:
+        self.target = self.source = self.coverage = self.report = None
+        self.tracker = Tracker()
+        self.finished, self.caught_up, self.evaluate, self.evaluating = False, True, False, None
+        self.where, self.saved_step = "step", -1
+        self.unsaved_metrics, self.changed = {}, []
+
+    @property
+    def live(self) -> Manager:
+        """The manager of the train() that is running."""
+        assert self.manager is not None, "only inside train()"
+        return self.manager
+
+    # ---- restoring -----------------------------------------------------------------------
+
+    def model_ready(self, model: torch.nn.Module) -> None:
+        """The model is built and nothing was loaded into it yet."""
+        if self.coverage is None:
+            self.coverage = Coverage.begin(model)
+
+    def restore_weights(self, path: str, model: torch.nn.Module) -> bool:
+        """Load the target's weights; False if `path` isn't a managed checkpoint of ours to load."""
+        target = self.target
+        if target is None or os.fspath(target.path) != os.fspath(path) or target.record is None:
+            return False
+        self.source = Source(target.path, target.record, self.options.allow_missing)
+        # Before the first tensor changes: a checkpoint that can't be restored as a whole isn't restored in part.
+        self.source.require("optimizer", "scheduler", "rng", "progress")
+        self.source.weights(model)
+        return True
+
+    def begin(self, num_train_epochs: int, updates_per_epoch: int) -> None:
+        """The Trainer's state is loaded: decide whose run this is, and where in it we are."""
+        self.updates_per_epoch = updates_per_epoch
+        target, state = self.target, self.trainer.state
+        if target is None:
+            self.live.begin_fresh()
+            return
+        if target.own and target.record is not None:
+            self.live.begin_from(target.record)
+            self.live.saved[target.record.step] = target.record
+        else:
+            self.live.begin_fresh()
+            journal.append(self.live.root, "continued", source=target.path.name, step=state.global_step)
+        state.compute_steps(self.trainer.args, state.max_steps)
+        self._set_best(self.live.records())
+        if self.source is not None:
+            self.source.callbacks(self.trainer)
+            self.caught_up = not self.source.resume
+        self.finished = state.global_step >= state.max_steps
+
+    def training_begins(self) -> None:
+        """The Trainer has set its loss window to zero: put back what was in it, then report."""
+        progress = {} if self.source is None else self.source.resume.get("progress", {})
+        if progress and not self.finished:
+            window = progress["loss_window"]
+            value = float(window["$float"]) if isinstance(window, dict) else float(window)
+            trainer = self.trainer
+            trainer._tr_loss = torch.tensor(value, device=trainer.args.device)
+            # The Trainer reports the mean loss of this call: what came before the save isn't counted in it.
+            trainer._total_loss_scalar = -value
+            trainer._globalstep_last_logged = progress["last_logged_step"]
+        if self.target is not None:
+            self._report()
+            if self.source is not None:
+                self.source.done()
+
+    def _report(self) -> None:
+        target, source = self.target, self.source
+        assert target is not None
+        changed = list(self.changed)
+        notes = list(target.notes)
+        manifest = None if target.record is None else target.record.manifest
+        if manifest is not None:
+            changed += settings.fact_changes(manifest.facts, self.facts())
+            changed += settings.version_changes(manifest.environment, settings.environment())
+        if self.finished:
+            notes.append(f"the run is finished (step {self.trainer.state.global_step}): nothing left to train")
+        if target.record is not None and not target.own:
+            notes.append("a checkpoint of another run: its state is continued here as a new run")
+        self.report = Report(
+            source=target.path.name,
+            step=self.trainer.state.global_step,
+            restored=() if source is None else tuple(source.restored),
+            missing=() if source is None else tuple(source.missing),
+            skipped=target.skipped,
+            changed=tuple(changed),
+            notes=tuple(notes),
+        )
+        say(str(self.report))
+
+    # ---- saving --------------------------------------------------------------------------
+
+    def save(self) -> Record | None:
+        """The checkpoint of the current step, then retention."""
+        trainer, step = self.trainer, self.trainer.state.global_step
+        assert self.coverage is not None
+        coverage = self.coverage
+        consumed = step % self.updates_per_epoch * trainer.args.gradient_accumulation_steps
+        moment = capture.Moment(
+            where=self.where,
+            evaluate=self.evaluate or self.evaluating is not None,
+            updates_per_epoch=self.updates_per_epoch,
+            rng=self.evaluating if self.evaluating is not None else rng.capture(),
+            position=self.tracker.position(consumed),
+        )
+        record = self.live.save(
+            step,
+            lambda staging: capture.write(trainer, staging, coverage, moment),
+            estimate=capture.estimate(trainer, full=not trainer.args.save_only_model),
+            environment=settings.environment(),
+            arguments=settings.arguments(trainer.args),
+            facts=self.facts(),
+        )
+        if record is None:
+            return None
+        self.saved_step = step
+        if step in self.unsaved_metrics:  # save_strategy="best" evaluates first
+            self.live.record(step, self.unsaved_metrics.pop(step))
+        self.live.retain()
+        self._set_best(self.live.records())
+        return record
+
+    def facts(self) -> dict[str, Any]:
+        """What a later resume compares itself with."""
+        trainer = self.trainer
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        return {
+            "trainer": type(trainer).__mro__[1].__name__,
+            "world_size": trainer.args.world_size,
+            "data": settings.data_facts(trainer.train_dataset),
+            **settings.model_facts(trainer.model),
+            **({"loss": finite(losses[-1])} if losses else {}),
+        }
+
+    def evaluated(self, metrics: Mapping[str, Any]) -> None:
+        """Metrics of the current step arrived; they belong to the checkpoint of this step and to no other."""
+        step = self.trainer.state.global_step
+        values = {name: value for name, value in metrics.items() if name.startswith("eval_")}
+        if step in self.live.saved:
+            self.live.record(step, values)
+            self._set_best(self.live.records())
+        else:
+            self.unsaved_metrics = {step: values}
+
+    def stop_inside_evaluation(self) -> None:
+        """Asked to stop while evaluating, which can take hours: save the step that is being evaluated, and leave."""
+        if self.saved_step != self.trainer.state.global_step and self.trainer.args.save_strategy != "no":
+            self.trainer._save_checkpoint(self.trainer.model, None)
+        self.preempted()
+
+    def preempted(self) -> None:
+        """Leave the process with exit status 75 instead of returning as if training were done."""
+        self.trainer.is_in_train = False
+        raise Preempted(f"stopped by SIGTERM at step {self.trainer.state.global_step}; relaunch to continue")
+
+    # ---- best ----------------------------------------------------------------------------
+
+    def best(self, records: tuple[Record, ...]) -> Record | None:
+        keep = self.live.keep
+        if keep.monitor is None or keep.mode is None:
+            return None
+        return policy.best(records, keep.monitor, keep.mode)
+
+    def _set_best(self, records: tuple[Record, ...]) -> None:
+        best = self.best(records)
+        self.trainer.state.best_model_checkpoint = None if best is None else os.path.join(self.trainer_root, best.name)
+
+    @property
+    def trainer_root(self) -> str:
+        """The run directory spelled as the user did, as the stock Trainer reports it."""
+        return os.fspath(self.live.root)
+
+    def load_best(self, model: torch.nn.Module) -> None:
+        """load_best_model_at_end: exactly the weights that the best metric of a saved checkpoint belongs to."""
+        keep, state = self.live.keep, self.trainer.state
+        if keep.monitor is None or keep.mode is None:
+            warn("load_best_model_at_end: no metric says which checkpoint is the best; the last weights stay")
+            return
+        try:
+            found = self.live.find("best", full=False)
+        except NoCheckpoint as error:
+            warn(f"load_best_model_at_end: {error}\n  the last weights stay")
+            return
+        for name, reason in found.skipped:
+            if reason != "foreign":
+                warn(f"load_best_model_at_end passed over {name}: {reason}")
+        record = found.record
+        Source(self.live.root / record.name, record, self.options.allow_missing).weights(model)
+        score = policy.metric_of(record, keep.monitor)
+        say(f"loaded the best model: {record.name} ({keep.monitor} = {score})")
+        if state.best_global_step not in (None, record.step) and state.best_metric != score:
+            say(
+                f"step {state.best_global_step} had {keep.monitor} = {state.best_metric}, but no checkpoint was saved there"
+            )
+        state.best_metric, state.best_global_step = score, record.step
+        state.best_model_checkpoint = os.path.join(self.trainer_root, record.name)
+
+    # ---- stock checkpoints ---------------------------------------------------------------
+
+    def restore_stock_weights(self, path: str, model: torch.nn.Module, stock_load: Any) -> None:
+        """Weights of a checkpoint that an unmanaged Trainer wrote, and the proof that all of them arrived."""
+        unmanaged.load_weights(path, model, stock_load)
+
+
+__all__ = ["Session", "weights"]

@@ -1,0 +1,215 @@
+"""The Trainer whose checkpoints are managed: the stock one with its save, resume and best-model hooks replaced.
+
+`ManagedTrainer` stands right above `transformers.Trainer` in the method resolution order, so
+whatever a subclass (SFTTrainer, the user's own) does around these hooks with super() stays.
+Hooks translate between the Trainer's loop and the session; decisions are taken in policy.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from typing import Any
+
+import transformers.trainer as stock
+from transformers import Trainer
+from transformers.trainer_utils import SaveStrategy
+
+from lastgood.integrations.transformers import settings
+from lastgood.integrations.transformers.options import Options
+from lastgood.integrations.transformers.session import Session
+from lastgood.report import Report
+from lastgood.state import rng
+from lastgood.state.data import draws_nothing
+
+
+class ManagedTrainer(Trainer):
+    """Inherit from it in front of Trainer, or let `lastgood.manage` put it there."""
+
+    _lastgood: Session | None = None
+
+    @property
+    def lastgood(self) -> Session:
+        """The session; made with the default options if `manage` was never called."""
+        if self._lastgood is None:
+            self._lastgood = Session(self, Options())
+        return self._lastgood
+
+    @property
+    def resume_report(self) -> Report | None:
+        """What the last `train()` restored, skipped and found changed; None after a fresh start."""
+        return self.lastgood.report
+
+    # ---- train ---------------------------------------------------------------------------
+
+    def train(
+        self, resume_from_checkpoint: Any = None, trial: Any = None, ignore_keys_for_eval: Any = None, **kwargs: Any
+    ) -> Any:
+        """As the stock `train`, where resume_from_checkpoint may also be "auto", "last", "best" or a step."""
+        with self.lastgood.active(resume_from_checkpoint, trial) as path:
+            return super().train(
+                resume_from_checkpoint=path, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval, **kwargs
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        session = self.lastgood
+        target = self.model if model is None else model
+        session.model_ready(target)
+        if not session.restore_weights(resume_from_checkpoint, target):
+            load = super()._load_from_checkpoint
+            session.restore_stock_weights(resume_from_checkpoint, target, lambda: load(resume_from_checkpoint, model))
+
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, resume_from_checkpoint: Any, trial: Any
+    ) -> tuple[int, int]:
+        self.lastgood.model_ready(self.model)
+        epochs, batches = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        self.lastgood.begin(num_train_epochs, num_update_steps_per_epoch)
+        # The stock loop would train one step more than there are.
+        return (num_train_epochs, 0) if self.lastgood.finished else (epochs, batches)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        session = self.lastgood
+        if session.source is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        fresh = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        session.source.optimizer(self)
+        session.source.scheduler(self)
+        new = session.options.hyperparameters == "new"
+        lr = settings.settle(self, fresh, apply_new=new)
+        manifest = session.source.record.manifest
+        if manifest is not None:
+            session.changed += settings.changes(
+                manifest.arguments, settings.arguments(self.args), apply_new=new, lr=lr
+            )
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if self.lastgood.source is None:
+            super()._load_scaler(checkpoint)
+        else:
+            self.lastgood.source.scaler(self)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        # A managed resume sets the generators in _run_epoch, each at the moment it was at when it was saved.
+        if self.lastgood.source is None:
+            super()._load_rng_state(checkpoint)
+
+    # ---- the loop ------------------------------------------------------------------------
+
+    def _run_epoch(self, *, epoch: int, epochs_trained: int, train_dataloader: Any, **rest: Any) -> None:
+        session = self.lastgood
+        source = session.source if epoch == epochs_trained else None
+        loader = session.tracker.watch(train_dataloader)
+        if source is None or not source.resume:
+            super()._run_epoch(epoch=epoch, epochs_trained=epochs_trained, train_dataloader=loader, **rest)
+            return
+        rng.restore(rng.decode(source.resume["rng"]))
+        self._catch_up(epoch, **rest)
+        if self.control.should_training_stop:
+            return
+        position = source.position()
+        consumed = rest["steps_trained_in_current_epoch"]
+        if position is not None and (position.consumed == consumed or consumed == 0):
+            session.tracker.set_own(position.own)
+        with self._skipping(position, consumed):
+            super()._run_epoch(epoch=epoch, epochs_trained=epochs_trained, train_dataloader=loader, **rest)
+
+    @contextmanager
+    def _skipping(self, position: Any, consumed: int) -> Any:
+        """Within it, the stock loop's way past the batches already trained on is ours: exact, and followed."""
+        session = self.lastgood
+        then = rng.capture()
+        original = stock.skip_first_batches
+
+        def skip(loader: Any, count: int) -> Any:
+            wanted = session.options.data_skip
+            replay = wanted == "replay" or (wanted == "auto" and loader.num_workers > 0 and not draws_nothing(loader))
+            at = position if position is not None and position.consumed == count else None
+            if at is None:  # another batch size or data length: skip as the stock loop does
+                return session.tracker.watch(original(loader, count))
+            if replay or not hasattr(loader, "batch_sampler") or loader.batch_sampler is None:
+                return session.tracker.watch(loader, resume=at, then=then, discard=count)
+            return session.tracker.watch(original(loader, count), resume=at, then=then)
+
+        stock.skip_first_batches = skip
+        try:
+            yield
+        finally:
+            stock.skip_first_batches = original
+
+    def _catch_up(self, epoch: int, **rest: Any) -> None:
+        """What the interrupted run still had to do at the step that was saved: evaluate, end the epoch."""
+        session = self.lastgood
+        if session.caught_up or session.source is None:
+            return
+        session.caught_up = True
+        progress = session.source.resume["progress"]
+        session.where = progress["where"]
+        if progress["evaluate"]:
+            self.control.should_evaluate = True
+            self._after_step(epoch, **rest)
+        ended = self.state.global_step % session.updates_per_epoch == 0 or session.finished
+        if progress["where"] == "step" and ended:
+            self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+            self._after_step(epoch, **rest)
+
+    def _after_step(self, epoch: int, *, model: Any, trial: Any, ignore_keys_for_eval: Any, start_time: float, **_: Any) -> None:
+        self._maybe_log_save_evaluate(self._tr_loss, None, model, trial, epoch, ignore_keys_for_eval, start_time)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Log, save, then evaluate: a crash in the evaluation must not cost the checkpoint of the same step."""
+        session = self.lastgood
+        if self.control.should_save and self.control.should_evaluate and self.args.save_strategy != SaveStrategy.BEST:
+            self.control.should_evaluate = False
+            session.evaluate = True
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+            session.evaluate = False
+            self.control.should_evaluate = True
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        session = self.lastgood
+        session.evaluating = rng.capture()
+        try:
+            return super()._evaluate(*args, **kwargs)  # type: ignore[no-any-return]
+        finally:
+            session.evaluating = None
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        new_best = super()._determine_best_metric(metrics=metrics, trial=trial)
+        self.lastgood.evaluated(metrics)
+        return bool(new_best)
+
+    # ---- saving and the end --------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.hp_search_backend is None and trial is None:
+            self.store_flos()
+        record = self.lastgood.save()
+        if record is not None and self.args.push_to_hub:
+            self._push_from_checkpoint(os.path.join(self._get_output_dir(trial), record.name))
+
+    def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
+        session = self.lastgood
+        if session.finished and session.source is not None and not session.caught_up:
+            known = session.target is not None and session.target.record is not None and session.target.record.metrics
+            session.caught_up = bool(known)  # evaluated already: nothing of a finished run depends on doing it again
+            rest = {"model": self.model_wrapped, "trial": trial, "ignore_keys_for_eval": None, "start_time": start_time}
+            self._catch_up(int(self.state.num_train_epochs) - 1, **rest)
+        if session.stop.requested and not session.finished and self.state.global_step < self.state.max_steps:
+            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+            session.preempted()
+        # With a limit of 1 the stock Trainer ends by deleting every checkpoint but the best, whosever it is.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            if session.coverage is not None:
+                session.live.retain()
+            return super()._finalize_training(trial, num_train_samples, start_time)
+        finally:
+            self.args.save_total_limit = limit
+
+    def _load_best_model(self) -> None:
+        self.lastgood.load_best(self.model)

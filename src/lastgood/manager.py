@@ -1,0 +1,283 @@
+"""The one object that joins everything: save, retain, record, resolve, close. No torch.
+
+An integration hands over a function that writes its parts into a staging directory; the
+manager does what comes before (space, lock) and after (commit, policy, deletion). A save
+that fails leaves every earlier checkpoint as it was.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from lastgood import policy
+from lastgood.errors import LastgoodError, NoCheckpoint, NotEnoughSpace, NotSupported, RunLocked, SaveFailed
+from lastgood.model import Record, Span, extend
+from lastgood.policy import Keep
+from lastgood.repo import gc, journal, layout, metrics, verify
+from lastgood.repo.commit import commit
+from lastgood.repo.lock import RunLock
+from lastgood.repo.read import next_seq, records
+from lastgood.repo.run import Head, read_head, read_run, start_run, write_head
+from lastgood.repo.staging import Staging, open_staging
+from lastgood.store import local
+from lastgood.talk import say, warn
+
+RESERVE = 16 << 20
+"""Bytes left free by a save, so that a manifest, a journal line and a deletion still fit (16 MiB)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The checkpoint to use, and the ones passed over on the way, each with its reason."""
+
+    record: Record
+    skipped: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(slots=True)
+class Manager:
+    """The writer of one run directory. `begin_fresh` or `begin_from` first, `close` last."""
+
+    root: Path
+    keep: Keep = field(default_factory=Keep)
+    on_error: Literal["warn", "raise"] = "warn"
+    verify: Literal["full", "quick"] = "full"
+    run: str = ""
+    lineage: tuple[Span, ...] = ()
+    parent: str | None = None
+    resumed: str | None = None
+    failures: int = 0
+    saved: dict[int, Record] = field(default_factory=dict)  # by step, of this process
+    _lock: RunLock | None = None
+
+    # ---- life of a run -------------------------------------------------------------------
+
+    def open(self, *, takeover: bool = False) -> None:
+        """Become the only writer. Raises RunLocked (somebody else is) or SaveFailed (the directory can't be written)."""
+        try:
+            local.make_dirs(self.root / layout.HIDDEN)
+            self._lock = RunLock(self.root)
+            self._lock.acquire(takeover=takeover)
+            gc.sweep(self.root)
+        except OSError as error:
+            if isinstance(error, LastgoodError):
+                raise
+            raise SaveFailed(
+                f"{self.root} can't be used for checkpoints: {error.strerror or error}",
+                hint="choose an output_dir that exists on a writable disk and belongs to you",
+            ) from error
+
+    def begin_fresh(self) -> None:
+        """A new run: checkpoints that are already in the directory become foreign and are never touched."""
+        others = [record.name for record in self.records() if record.state != "incomplete"]
+        self.run = start_run(self.root)
+        self.lineage, self.parent, self.resumed, self.saved = (), None, None, {}
+        journal.append(self.root, "started", run=self.run, others=others)
+
+    def begin_from(self, record: Record) -> None:
+        """Continue from a checkpoint of this run; from an older one, a branch begins."""
+        manifest = record.manifest
+        if manifest is None:
+            raise NoCheckpoint(f"{record.name} has no manifest to continue from")
+        everything = self.records()
+        self.run = manifest.run
+        self.lineage, self.parent, self.resumed, self.saved = manifest.lineage, manifest.id, manifest.id, {}
+        left = [r for r in everything if r.ours and r.current and r.seq > record.seq]
+        if left or not record.current:
+            # Written down before training goes on: otherwise a crash before the first save of the
+            # new branch would hand the abandoned one to the next resume.
+            number = next_seq(everything, read_head(self.root, self.run))
+            write_head(self.root, Head(run=self.run, lineage=manifest.lineage, next=number))
+        journal.append(self.root, "resumed", step=record.step, id=record.id, left=[r.name for r in left])
+
+    def close(self, event: str = "closed") -> None:
+        """Give the run back. Safe to call twice."""
+        if self._lock is not None:
+            journal.append(self.root, event, run=self.run)
+            self._lock.release()
+            self._lock = None
+
+    def records(self) -> tuple[Record, ...]:
+        """The checkpoints of the directory as they are now."""
+        return records(self.root)
+
+    # ---- saving --------------------------------------------------------------------------
+
+    def save(
+        self,
+        step: int,
+        write: Callable[[Staging], None],
+        *,
+        estimate: int,
+        environment: Mapping[str, str],
+        arguments: Mapping[str, object],
+        facts: Mapping[str, object],
+    ) -> Record | None:
+        """Commit what `write` stages as the checkpoint of `step`; None if it failed and on_error is "warn".
+
+        estimate: bytes this save will need, to refuse before writing rather than half-way.
+        """
+        started = time.perf_counter()
+        staging: Staging | None = None
+        try:
+            self._still_ours()
+            self._preflight(estimate)
+            staging = open_staging(self.root)
+            write(staging)
+            self._still_ours()
+            everything = self.records()
+            seq = next_seq(everything, read_head(self.root, self.run))
+            record = commit(
+                self.root,
+                staging,
+                run=self.run,
+                step=step,
+                seq=seq,
+                lineage=extend(self.lineage, seq),
+                parent=self.parent,
+                created=time.time(),
+                environment=dict(environment),
+                arguments=dict(arguments),
+                facts=dict(facts),
+            )
+        except BaseException as error:
+            if staging is not None:
+                staging.discard()
+            return self._failed(step, error)
+        assert record.manifest is not None
+        self.lineage, self.parent = record.manifest.lineage, record.id
+        self.saved[step] = record
+        seconds = round(time.perf_counter() - started, 4)
+        journal.append(self.root, "saved", step=step, id=record.id, bytes=record.size, seconds=seconds)
+        return record
+
+    def retain(self) -> tuple[policy.Decision, ...]:
+        """Apply the policy to what is on disk now; the decisions with their reasons go to the journal."""
+        protect = {} if self.saved or self.resumed is None else {self.resumed: "resumed from here, nothing newer yet"}
+        decisions = policy.decide(self.records(), self.keep, protect=protect)
+        try:
+            gc.execute(self.root, gc.plan([d.record for d in decisions], decisions))
+        except OSError as error:
+            # Too much on disk is better than a run that dies; the next save tries again.
+            warn(f"retention: {error}; nothing that is kept was touched, the rest goes at the next save")
+        return decisions
+
+    def record(self, step: int, values: Mapping[str, object]) -> None:
+        """Attach metrics to the checkpoint that this process saved at `step`, if there is one."""
+        record = self.saved.get(step)
+        if record is None:
+            return
+        try:
+            metrics.record(self.root, record.id, step, values)
+        except OSError as error:
+            warn(f"the metrics of step {step} could not be written ({error}); they don't count for best")
+
+    def _still_ours(self) -> None:
+        if self._lock is not None and not self._lock.still_held():
+            raise RunLocked(
+                f"another process took over {self.root}; this one must not write to it any more",
+                hint="stop this process; its checkpoints so far are intact",
+            )
+
+    def _preflight(self, estimate: int) -> None:
+        free, inodes = local.free(self.root)
+        if free >= estimate + RESERVE and (inodes < 0 or inodes > 64):
+            return
+        gc.sweep(self.root)  # leftovers of interrupted saves and deletions are the first to go
+        free, inodes = local.free(self.root)
+        if free < estimate + RESERVE or 0 <= inodes <= 64:
+            raise NotEnoughSpace(
+                f"a save needs {size(estimate)} and {size(RESERVE)} in reserve, {self.root} has {size(free)}"
+                f" and {'enough' if inodes < 0 else inodes} inodes left; nothing was written",
+                hint="free space, or keep fewer checkpoints (save_total_limit, Keep(full=1))",
+            )
+
+    def _failed(self, step: int, error: BaseException) -> None:
+        self.failures += 1
+        fatal = isinstance(error, (RunLocked, NotSupported)) or not isinstance(error, Exception)
+        if not fatal:
+            journal.append(self.root, "failed", step=step, error=str(error))
+        if fatal or (self.on_error == "raise" and isinstance(error, LastgoodError)):
+            raise error
+        if self.on_error == "raise":
+            raise SaveFailed(
+                f"the checkpoint of step {step} could not be written: {error}; earlier ones are intact",
+                hint="see the error above this one",
+            ) from error
+        warn(f"NO CHECKPOINT at step {step}: {error}\n  earlier ones are intact, training goes on (on_error='warn')")
+
+    # ---- finding -------------------------------------------------------------------------
+
+    def find(self, what: Literal["last", "best"] | int, *, full: bool = True) -> Found:
+        """The checkpoint to resume from (full) or to load (the weights are enough), verified.
+
+        "last" and "best" fall back to the next one when one fails verification; a step does not.
+        Raises NoCheckpoint, with a line for each that was passed over, when none is left.
+        """
+        everything = self.records()
+        skipped = [(r.name, r.problem or r.state) for r in everything if r.state in ("incomplete", "foreign")]
+        candidates = self._candidates(everything, what)
+        for record in candidates:
+            if full and record.state != "full":
+                skipped.append((record.name, "holds the weights alone"))
+                continue
+            faults = verify.problems(self.root, record, full=self.verify == "full")
+            if not faults:
+                return Found(record, tuple(skipped))
+            skipped.append((record.name, "; ".join(faults[:3])))
+            if isinstance(what, int):
+                break
+        listing = "".join(f"\n  {name}: {reason}" for name, reason in skipped)
+        raise NoCheckpoint(
+            f"{self.root} has no good checkpoint for {what!r}{listing}",
+            hint="resume_from_checkpoint='auto' takes the newest good one, False starts afresh",
+        )
+
+    def _candidates(self, everything: tuple[Record, ...], what: Literal["last", "best"] | int) -> list[Record]:
+        own = sorted((r for r in everything if r.ours and r.current), key=lambda r: -r.seq)
+        if what == "last":
+            return own
+        if what == "best":
+            if self.keep.monitor is None or self.keep.mode is None:
+                raise NoCheckpoint(
+                    "which checkpoint is the best is not defined: there is no metric",
+                    hint="set metric_for_best_model and greater_is_better",
+                )
+            return list(policy.ranking(everything, self.keep.monitor, self.keep.mode))
+        return [r for r in own if r.step == what] or [r for r in everything if r.ours and r.step == what]
+
+    def quarantine(self, names: tuple[str, ...]) -> None:
+        """Move checkpoints of this run that failed verification out of the way; their bytes are kept for a look."""
+        run = read_run(self.root)
+        for name in names:
+            path = self.root / name
+            if run is None or not _carries(path, run):
+                continue
+            target = self.root / layout.HIDDEN / "quarantine" / f"{name}.{layout.new_id()[:8]}"
+            local.make_dirs(target.parent)
+            local.rename(path, target)
+            journal.append(self.root, "quarantined", name=name, to=os.fspath(target.relative_to(self.root)))
+            say(f"{name} is damaged; moved to {target.relative_to(self.root)}")
+
+
+def _carries(path: Path, run: str) -> bool:
+    """Whether a damaged checkpoint is provably of this run: its manifest, readable or not, has the run's id."""
+    try:
+        return run.encode() in local.read(path / "lastgood.json", 64 << 20)
+    except OSError:
+        return False
+
+
+def size(count: int) -> str:
+    """Bytes for people: 1.9 GiB."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"

@@ -1,0 +1,118 @@
+"""The frozen records that all layers speak in. No disk, no clock, no torch.
+
+A *checkpoint* is one committed snapshot at a global step. Its *manifest* is the
+commit record inside it. A *record* is what a scan of a run directory knows of one
+checkpoint: the manifest, its metrics and where it stands in the run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+import msgspec
+
+FORMAT = 1
+"""Version of the on-disk format that this package writes (FORMAT.md)."""
+
+State = Literal["full", "weights", "incomplete", "stock", "foreign"]
+"""What a directory named like a checkpoint is.
+
+full        ours, complete, everything that a resume needs
+weights     ours, complete, the model alone
+incomplete  carries our manifest (or is unreadable) but a file is missing or has another size
+stock       no manifest: written by a Trainer that lastgood didn't manage
+foreign     a manifest of another run, or of a newer format
+"""
+
+Span = tuple[int, int]
+"""First and last sequence number (both included) of a stretch of saves on one branch."""
+
+
+class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
+    """Size in bytes and BLAKE3 (64 hex digits) of one file of a checkpoint."""
+
+    size: int
+    blake3: str
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """The commit record `lastgood.json`: a checkpoint exists if and only if it parses and its files have these sizes."""
+
+    format: int
+    id: str  # 16 hex digits, unique
+    run: str  # 16 hex digits, the run that wrote it and alone may delete it
+    step: int  # global (optimizer) step
+    seq: int  # 1, 2, 3, ... over all saves of the run, whatever the branch: this is the order, never the clock
+    lineage: tuple[Span, ...]  # the sequence numbers on the way to here, this one included
+    parent: str | None = None  # id of the checkpoint that this state continued from
+    created: float = 0.0  # seconds since 1970, for display only
+    parts: dict[str, tuple[str, ...]] = {}  # part -> its files
+    files: dict[str, FileEntry] = {}  # relative POSIX path -> size and hash; everything but the manifest itself
+    environment: dict[str, str] = {}  # library -> version
+    arguments: dict[str, object] = {}  # training arguments, secrets masked
+    facts: dict[str, object] = {}  # what a later resume compares itself with: data, adapter, world size
+
+    @property
+    def full(self) -> bool:
+        """Whether a resume finds everything in it."""
+        return "progress" in self.parts
+
+    @property
+    def size(self) -> int:
+        """Bytes of all its files."""
+        return sum(entry.size for entry in self.files.values())
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """One directory of a run, as a scan sees it."""
+
+    name: str  # directory name inside the run: checkpoint-500
+    step: int
+    state: State
+    manifest: Manifest | None = None
+    metrics: Mapping[str, float] = {}
+    current: bool = True  # on the branch that the run is on now
+    pinned: tuple[str, ...] = ()  # names that hold it: pins and tags
+    problem: str = ""  # for incomplete and foreign: what was seen
+
+    @property
+    def ours(self) -> bool:
+        """Written by this run, and readable: what retention, latest and best range over."""
+        return self.state in ("full", "weights")
+
+    @property
+    def seq(self) -> int:
+        return self.manifest.seq if self.manifest is not None else 0
+
+    @property
+    def id(self) -> str:
+        return self.manifest.id if self.manifest is not None else ""
+
+    @property
+    def size(self) -> int:
+        return self.manifest.size if self.manifest is not None else 0
+
+
+def on_lineage(seq: int, lineage: Iterable[Span]) -> bool:
+    """Whether the save with this sequence number is on the way that `lineage` describes."""
+    return any(first <= seq <= last for first, last in lineage)
+
+
+def extend(lineage: Iterable[Span], seq: int) -> tuple[Span, ...]:
+    """The lineage of a save number `seq` that continues from the end of `lineage`."""
+    spans = list(lineage)
+    if spans and spans[-1][1] == seq - 1:
+        spans[-1] = (spans[-1][0], seq)
+    else:
+        spans.append((seq, seq))
+    return tuple(spans)
+
+
+def finite(value: object) -> float | None:
+    """The metric as a float, or None where it can't rank anything (NaN, infinity, text, missing)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    number = float(value)
+    return number if math.isfinite(number) else None

@@ -1,0 +1,238 @@
+"""What is kept, and why: records in, one decision with its reasons per checkpoint out.
+
+Pure: no clock, no disk, no torch. The live manager, every dry run and any simulation call
+`decide`, so they can't disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from lastgood.errors import UsageError, wrong_type
+from lastgood.model import Record, finite
+
+Mode = Literal["min", "max"]
+
+LOWER = frozenset(
+    "loss perplexity ppl wer cer mer ter mse rmse mae mape nll bpb bpc bits_per_byte bits_per_char error err"
+    " error_rate fid hamming_loss brier ece cross_entropy".split()
+)
+HIGHER = frozenset(
+    "accuracy acc f1 precision recall bleu sacrebleu chrf meteor rouge rouge1 rouge2 rougel rougelsum auc auroc map mrr"
+    " ndcg reward rewards exact_match em r2 pearson pearsonr spearman spearmanr mcc matthews_correlation win_rate iou"
+    " miou dice cosine_accuracy mean_token_accuracy ssim psnr bertscore comet pass@1 pass@10 pass@100 score".split()
+)
+
+
+def known_mode(name: str) -> Mode | None:
+    """Whether a lower or a higher value of a well-known metric is better; None if the name doesn't say for sure.
+
+    The last or first words of a name count (eval_de_loss, loss_de, eval_math_accuracy), unless they disagree.
+    """
+    plain = name.lower().removeprefix("eval_").replace("/", "_").replace("-", "_")
+    words = plain.split("_")
+    found: set[Mode] = set()
+    for length in range(1, len(words) + 1):
+        for piece in ("_".join(words[:length]), "_".join(words[-length:])):
+            if piece in LOWER:
+                found.add("min")
+            if piece in HIGHER:
+                found.add("max")
+    return found.pop() if len(found) == 1 else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keep:
+    """Which checkpoints stay: one that any rule wants is kept; Keep() keeps all.
+
+    total: that many, the newest and the best others by `monitor` (without a monitor the newest ones): the meaning
+        of save_total_limit. last: the newest. best: the best by `monitor`. every: those at multiples of this many
+    steps. full: how many of the newest keep everything a resume needs, the others keep their weights; None: all.
+    """
+
+    total: int | None = None
+    last: int | None = None
+    best: int | None = None
+    every: int | None = None
+    full: int | None = None
+    monitor: str | None = None
+    mode: Mode | None = None
+
+    def __post_init__(self) -> None:
+        for option in ("total", "last", "best", "every", "full"):
+            value = getattr(self, option)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise wrong_type(f"Keep({option})", value, "a whole number of at least 1, or None")
+        if self.total is not None and (self.last is not None or self.best is not None):
+            raise UsageError("Keep(total) already says how many newest and best ones stay; leave out last and best")
+        if self.monitor is not None and (not isinstance(self.monitor, str) or not self.monitor):
+            raise wrong_type("Keep(monitor)", self.monitor, "the name of a metric")
+        if self.best is not None and self.monitor is None:
+            raise UsageError("Keep(best) needs monitor: best by which metric?", hint="monitor='eval_loss'")
+        if self.mode not in (None, "min", "max"):
+            raise wrong_type("Keep(mode)", self.mode, "'min' or 'max'")
+        if self.monitor is not None and self.mode is None:
+            guess = known_mode(self.monitor)
+            if guess is None:
+                raise UsageError(
+                    f"is a lower or a higher {self.monitor} better?", hint="give mode='min' or mode='max'", code="CKB005"
+                )
+            object.__setattr__(self, "mode", guess)
+
+    @classmethod
+    def from_limit(cls, limit: int | None, monitor: str | None, mode: Mode | None) -> Keep:
+        """save_total_limit and metric_for_best_model as a policy; no limit or one below 1 keeps everything."""
+        return cls(total=limit if limit is not None and limit > 0 else None, monitor=monitor, mode=mode)
+
+    def describe(self) -> str:
+        """One line for people: keep the last 2, the best 3 by eval_loss, full state for the newest 1."""
+        rules = {
+            "total": f"{self.total} in all (the newest" + (f", the best others by {self.monitor})" if self.monitor else ")"),
+            "last": f"the last {self.last}",
+            "best": f"the best {self.best} by {self.monitor}",
+            "every": f"every {self.every} steps",
+            "full": f"full state for the newest {self.full}",
+        }
+        said = [text for option, text in rules.items() if getattr(self, option) is not None]
+        return f"keep {', '.join(said)}" if said else "keep everything"
+
+    @property
+    def unlimited(self) -> bool:
+        """No rule that would let anything go."""
+        return self.total is None and self.last is None and self.best is None and self.every is None
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What becomes of one checkpoint, with at least one reason in plain English."""
+
+    record: Record
+    action: Literal["keep", "strip", "delete"]
+    reasons: tuple[str, ...]
+
+
+def metric_of(record: Record, monitor: str) -> float | None:
+    """The record's value; `loss` and `eval_loss` name the same metric. None if it ranks nowhere (missing, NaN)."""
+    for name in (monitor, f"eval_{monitor}", monitor.removeprefix("eval_")):
+        if name in record.metrics:
+            return finite(record.metrics[name])
+    return None
+
+
+def ranking(records: Sequence[Record], monitor: str, mode: Mode) -> tuple[Record, ...]:
+    """The current branch's checkpoints with a finite metric, best first.
+
+    Of equals the newer comes first: it has seen more data, and resuming from it redoes less.
+    """
+    sign = 1.0 if mode == "min" else -1.0
+    valued = [(metric_of(record, monitor), record) for record in records if record.ours and record.current]
+    ranked = sorted((sign * value, -record.seq, record.name, record) for value, record in valued if value is not None)
+    return tuple(record for *_, record in ranked)
+
+
+def best(records: Sequence[Record], monitor: str, mode: Mode) -> Record | None:
+    """The best checkpoint of the current branch: what gets deployed."""
+    return next(iter(ranking(records, monitor, mode)), None)
+
+
+def latest(records: Sequence[Record]) -> Record | None:
+    """The newest full checkpoint of the current branch: what a recovery uses."""
+    full = [record for record in records if record.state == "full" and record.current]
+    return max(full, key=lambda record: record.seq, default=None)
+
+
+def decide(records: Sequence[Record], keep: Keep, *, protect: Collection[str] = ()) -> tuple[Decision, ...]:
+    """One decision per record, in the order given. `protect`: ids that stay as they are (a mapping gives reasons)."""
+    mine = sorted((r for r in records if r.ours and r.current), key=lambda r: -r.seq)
+    ranked = ranking(mine, keep.monitor, keep.mode) if keep.monitor is not None and keep.mode is not None else ()
+    wanted = _wanted(mine, ranked, keep)
+    newest_full = latest(mine)
+    full = [record for record in mine if record.state == "full"]
+    stays_full = {record.name for record in (full if keep.full is None else full[: keep.full])}
+    decisions = []
+    for record in records:
+        if not record.ours or not record.current:
+            decisions.append(Decision(record, "keep", (_not_ours(record),)))
+            continue
+        held = _held(record, protect)
+        reasons = held + wanted.get(record.name, ())
+        if not reasons:
+            decisions.append(Decision(record, "delete", (_why_not(record, mine, ranked, keep),)))
+        elif record.state == "full" and record.name not in stays_full and not held and record is not newest_full:
+            why = f"weights only: full state is kept for the newest {keep.full}"
+            decisions.append(Decision(record, "strip", (*reasons, why)))
+        else:
+            decisions.append(Decision(record, "keep", reasons))
+    return tuple(decisions)
+
+
+def _wanted(mine: Sequence[Record], ranked: Sequence[Record], keep: Keep) -> dict[str, tuple[str, ...]]:
+    """name -> reasons of the rules that want it. `mine` newest first, `ranked` best first."""
+    reasons: dict[str, list[str]] = {}
+
+    def want(record: Record, reason: str) -> None:
+        reasons.setdefault(record.name, []).append(reason)
+
+    recovery = latest(mine)
+    if recovery is not None:
+        want(recovery, "latest: what a recovery resumes from")
+    if ranked and keep.monitor is not None:
+        want(ranked[0], f"best: {keep.monitor} = {metric_of(ranked[0], keep.monitor):.6g}")
+    if keep.unlimited:
+        for record in mine:
+            want(record, "no limit is set")
+    for place, record in enumerate(mine[: keep.last or 0], 1):
+        want(record, f"last {place}/{keep.last}")
+    for place, record in enumerate(ranked[: keep.best or 0], 1):
+        want(record, f"best {place}/{keep.best} by {keep.monitor}")
+    for record in mine:
+        if keep.every is not None and record.step % keep.every == 0:
+            want(record, f"every {keep.every} steps")
+    if keep.total is not None and mine:
+        others = [record for record in ranked if record is not mine[0]]
+        others += [record for record in mine[1:] if record not in others]
+        for place, record in enumerate([mine[0], *others][: keep.total], 1):
+            value = None if keep.monitor is None else metric_of(record, keep.monitor)
+            score = "" if value is None or place == 1 else f", {keep.monitor} = {value:.6g}"
+            want(record, f"{place} of {keep.total} in all ({'newest' if place == 1 else 'best others' if ranked else 'newest ones'}{score})")
+    return {name: tuple(texts) for name, texts in reasons.items()}
+
+
+def _held(record: Record, protect: Collection[str]) -> tuple[str, ...]:
+    reasons = [f"pinned: {name}" for name in record.pinned]
+    if record.id in protect:
+        reasons.append(str(protect[record.id]) if isinstance(protect, Mapping) else "in use")
+    return tuple(reasons)
+
+
+def _not_ours(record: Record) -> str:
+    if record.ours:
+        return "on a branch that was left; never deleted by itself"
+    return {
+        "foreign": "belongs to another run; never touched",
+        "stock": "written without lastgood; never touched",
+    }.get(record.state, f"incomplete ({record.problem}); never touched")
+
+
+def _why_not(record: Record, mine: Sequence[Record], ranked: Sequence[Record], keep: Keep) -> str:
+    place = [other.name for other in mine].index(record.name) + 1
+    text = f"{_ordinal(place)} newest of {len(mine)}"
+    if keep.monitor is not None:
+        value = metric_of(record, keep.monitor)
+        if value is None:
+            text += f", without a finite {keep.monitor}"
+        else:
+            rank = [other.name for other in ranked].index(record.name) + 1
+            text += f", {keep.monitor} {value:.6g} is {_ordinal(rank)} of {len(ranked)}"
+    return f"no rule keeps it: {text} ({keep.describe()})"
+
+
+def _ordinal(number: int) -> str:
+    ending = "th" if 10 <= number % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{ending}"
+
+
+OPTIONS = tuple(field.name for field in fields(Keep))
+"""Names of the options of Keep."""

@@ -1,0 +1,73 @@
+"""The commit: manifest last, everything durable, then one rename. Before it there is nothing, after it all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from lastgood.errors import Conflict
+from lastgood.format import manifest as codec
+from lastgood.model import FORMAT, Manifest, Record, Span, on_lineage
+from lastgood.repo import journal
+from lastgood.repo.layout import checkpoint_name
+from lastgood.repo.read import records
+from lastgood.repo.staging import Staging, explained
+from lastgood.store import local
+
+
+def commit(
+    root: Path,
+    staging: Staging,
+    *,
+    run: str,
+    step: int,
+    seq: int,
+    lineage: tuple[Span, ...],
+    parent: str | None,
+    created: float,
+    environment: Mapping[str, str],
+    arguments: Mapping[str, object],
+    facts: Mapping[str, object],
+) -> Record:
+    """Publish what was staged as a checkpoint. Raises SaveFailed (nothing was published) or Conflict."""
+    manifest = Manifest(
+        format=FORMAT,
+        id=staging.id,
+        run=run,
+        step=step,
+        seq=seq,
+        lineage=lineage,
+        parent=parent,
+        created=created,
+        parts={part: tuple(names) for part, names in staging.parts.items()},
+        files=dict(staging.files),
+        environment=dict(environment),
+        arguments=dict(arguments),
+        facts=dict(facts),
+    )
+    content = codec.encode(manifest)
+    with explained(staging.directory):
+        local.write(staging.directory / codec.NAME, [content])
+        for directory in staging.directories():
+            local.sync_dir(directory)
+        name = _make_room(root, manifest)
+        local.rename(staging.directory, root / name)
+    if local.read(root / name / codec.NAME, codec.LIMIT) != content:
+        raise Conflict(f"{root / name} was written by somebody else at the same moment", hint="run one writer at a time")
+    return Record(name=name, step=step, state="full" if manifest.full else "weights", manifest=manifest)
+
+
+def _make_room(root: Path, manifest: Manifest) -> str:
+    """The name to publish under. A checkpoint of our own that has it moves aside; anything else keeps it."""
+    name = checkpoint_name(manifest.step)
+    if name not in local.names(root):
+        return name
+    taken = next((record for record in records(root) if record.name == name), None)
+    if taken is None or not taken.ours:
+        return checkpoint_name(manifest.step, manifest.id)
+    aside = checkpoint_name(manifest.step, taken.id)
+    local.rename(root / name, root / aside)
+    left = not on_lineage(taken.seq, manifest.lineage)
+    reason = "of a branch that was left" if left else "saved again at the same step"
+    journal.append(root, "displaced", step=taken.step, id=taken.id, to=aside, reason=reason)
+    return name

@@ -1,0 +1,31 @@
+"""Names inside a run directory."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from pathlib import Path
+
+HIDDEN = ".lastgood"
+_NAME = re.compile(r"checkpoint-(\d{1,18})(?:\.[0-9a-f]{8})?")
+
+
+def checkpoint_name(step: int, suffix: str = "") -> str:
+    """checkpoint-500; with the first 8 digits of an id behind it where that name is taken."""
+    return f"checkpoint-{step}.{suffix[:8]}" if suffix else f"checkpoint-{step}"
+
+
+def step_of(name: str) -> int | None:
+    """The step in a checkpoint's directory name; None for any other name (checkpoint-best, old-checkpoint-5)."""
+    match = _NAME.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def new_id() -> str:
+    """16 hex digits that nobody else has."""
+    return secrets.token_hex(8)
+
+
+def hidden(root: Path, *names: str) -> Path:
+    """A path inside the run's own directory."""
+    return root.joinpath(HIDDEN, *names)

@@ -1,0 +1,130 @@
+"""One writer per run: a lock that the kernel releases when its holder dies, and the name of the holder beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from lastgood.errors import RunLocked
+from lastgood.repo.layout import hidden
+from lastgood.store import local
+
+PATIENCE = 15.0
+"""Seconds to wait for a holder that is dead: its data workers live on for a few seconds and may hold the lock."""
+
+
+class RunLock:
+    """Not reentrant. `still_held` is asked before every commit, because a takeover doesn't interrupt the holder."""
+
+    def __init__(self, root: Path) -> None:
+        self._file = hidden(root, "lock")
+        self._card = hidden(root, "lock.json")
+        self._root = root
+        self._nonce = secrets.token_hex(8)
+        self._lock = FileLock(self._file, timeout=0)
+
+    def acquire(self, *, takeover: bool = False) -> None:
+        """Raises RunLocked at once if a living process holds the run. takeover: fence that process off instead."""
+        local.make_dirs(self._file.parent)
+        if takeover:
+            # A new file: the old holder keeps its lock on one that no longer has a name.
+            local.unlink(self._file)
+            self._lock = FileLock(self._file, timeout=0)
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                self._lock.acquire()
+                break
+            except Timeout:
+                holder = self.holder()
+                if time.monotonic() > deadline or not _dead(holder):
+                    raise RunLocked(
+                        f"{self._root} is being written by {_describe(holder)}",
+                        hint="wait for it or stop it; lastgood.manage(trainer, takeover=True) fences it off",
+                    ) from None
+                time.sleep(0.1)
+        card = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "start": _start_time(os.getpid()),
+            "boot": _boot(),
+            "since": time.time(),
+            "command": os.path.basename(sys.argv[0]) if sys.argv else "",
+            "nonce": self._nonce,
+        }
+        local.replace(self._card, f"{json.dumps(card)}\n".encode())
+
+    def release(self) -> None:
+        """Let the next one in."""
+        if self.still_held():
+            local.unlink(self._card)
+        self._lock.release(force=True)
+
+    def still_held(self) -> bool:
+        """False after another process took over."""
+        return self._lock.is_locked and self.holder().get("nonce") == self._nonce
+
+    def holder(self) -> dict[str, Any]:
+        """What the holder wrote about itself; {} if that can't be read."""
+        try:
+            card = json.loads(local.read(self._card, 1 << 16))
+        except (OSError, ValueError):
+            return {}
+        return card if isinstance(card, dict) else {}
+
+    def __enter__(self) -> RunLock:
+        self.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def _describe(holder: dict[str, Any]) -> str:
+    if not holder:
+        return "another process"
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(holder.get("since", 0))))
+    return f"process {holder.get('pid')} ({holder.get('command')}) on {holder.get('host')} since {since}"
+
+
+def _dead(holder: dict[str, Any]) -> bool:
+    """Whether the holder provably ended: same machine, and nobody with its number and start time."""
+    if not holder or holder.get("host") != socket.gethostname():
+        return False
+    if holder.get("boot") != _boot():
+        return True
+    pid = holder.get("pid")
+    if not isinstance(pid, int):
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return holder.get("start") != _start_time(pid)
+
+
+def _start_time(pid: int) -> str | None:
+    """Clock ticks since boot (field 22 of /proc/PID/stat); None for a zombie, and where there is no /proc."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    fields = text.rpartition(")")[2].split()
+    return None if fields[0] == "Z" else fields[19]
+
+
+def _boot() -> str | None:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None

@@ -1,0 +1,125 @@
+"""`records`: the one definition of "this checkpoint exists".
+
+Resume, retention, latest, best and every listing call it; nobody looks at directories on
+their own. It opens nothing but manifests and metrics, changes nothing, and whatever is in
+one directory can't hide the others.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lastgood.errors import CorruptCheckpoint
+from lastgood.format import manifest as codec
+from lastgood.model import Manifest, Record, Span, on_lineage
+from lastgood.repo import metrics, pins
+from lastgood.repo.layout import step_of
+from lastgood.repo.run import Head, read_head, read_run
+from lastgood.store import local
+
+
+def records(root: Path) -> tuple[Record, ...]:
+    """Every directory that is named like a checkpoint, by (step, number). () for a run that isn't there."""
+    run = read_run(root)
+    held = _pins(root)
+    found = [
+        _record(root, name, step, run, held)
+        for name in local.names(root)
+        if (step := step_of(name)) is not None and _is_directory(root / name)
+    ]
+    way = lineage_in_force(found, read_head(root, run))
+    placed = [
+        Record(**{**_fields(record), "current": on_lineage(record.seq, way)}) if record.ours else record
+        for record in found
+    ]
+    return tuple(sorted(placed, key=lambda record: (record.step, record.seq, record.name)))
+
+
+def lineage_in_force(found: Sequence[Record], head: Head | None) -> tuple[Span, ...]:
+    """The way to where the run is now: that of its newest save, unless a resume went back after it."""
+    newest = max((record for record in found if record.ours), key=lambda record: record.seq, default=None)
+    if head is not None and (newest is None or head.next > newest.seq):
+        return head.lineage
+    return newest.manifest.lineage if newest is not None and newest.manifest is not None else ()
+
+
+def next_seq(found: Sequence[Record], head: Head | None) -> int:
+    """The number of the next save: one more than any of the run, on whatever branch."""
+    newest = max((record.seq for record in found if record.ours), default=0)
+    return max(newest + 1, head.next if head is not None else 1)
+
+
+def _record(root: Path, name: str, step: int, run: str | None, held: Mapping[str, tuple[str, ...]]) -> Record:
+    path = root / name / codec.NAME
+    try:
+        data = local.read(path, codec.LIMIT)
+    except FileNotFoundError:
+        return Record(name=name, step=step, state="stock")
+    except OSError as error:
+        return Record(name=name, step=step, state="incomplete", problem=f"{codec.NAME}: {error.strerror or error}")
+    try:
+        manifest = codec.decode(data, codec.NAME)
+    except codec.NewerFormat as error:
+        return Record(name=name, step=step, state="foreign", problem=error.message)
+    except CorruptCheckpoint as error:
+        return Record(name=name, step=step, state="incomplete", problem=error.message)
+    if manifest.run != run:
+        return Record(name=name, step=step, state="foreign", manifest=manifest, problem="belongs to another run")
+    problem = missing(root / name, manifest)
+    if problem:
+        return Record(name=name, step=step, state="incomplete", manifest=manifest, problem=problem)
+    return Record(
+        name=name,
+        step=manifest.step,
+        state="full" if manifest.full else "weights",
+        manifest=manifest,
+        metrics=metrics.read(root, manifest.id),
+        pinned=held.get(manifest.id, ()),
+    )
+
+
+def missing(directory: Path, manifest: Manifest) -> str:
+    """The first files that aren't there with the recorded size, in words; "" if all are."""
+    faults = []
+    for name, entry in manifest.files.items():
+        size = local.size(directory / name)
+        if size is None or not _reached_directly(directory, name):
+            faults.append(f"{name} is missing" if size is None else f"{name} is behind a link")
+        elif size != entry.size:
+            faults.append(f"{name} has {size} bytes, expected {entry.size}")
+    return "; ".join(faults[:3])
+
+
+def _reached_directly(directory: Path, name: str) -> bool:
+    at = directory
+    for part in name.split("/")[:-1]:
+        at = at / part
+        if not _is_directory(at):
+            return False
+    return True
+
+
+def _is_directory(path: Path) -> bool:
+    try:
+        return stat.S_ISDIR(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def _pins(root: Path) -> Mapping[str, tuple[str, ...]]:
+    try:
+        return pins.read(root)
+    except (OSError, ValueError):
+        # Unreadable pins must not unpin anything: every checkpoint counts as held.
+        return _Everything()
+
+
+class _Everything(dict[str, tuple[str, ...]]):
+    def get(self, key: str, default: object = ()) -> tuple[str, ...]:  # type: ignore[override]
+        return ("unreadable pins.json",)
+
+
+def _fields(record: Record) -> dict[str, object]:
+    return {name: getattr(record, name) for name in record.__struct_fields__}

@@ -1,0 +1,67 @@
+"""Who a run is (run.json), and where it stands after going back to an older checkpoint (head.json)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from lastgood.model import Span
+from lastgood.repo.layout import hidden, new_id
+from lastgood.store import local
+
+RUN, HEAD = "run.json", "head.json"
+
+T = TypeVar("T")
+
+
+class _Identity(msgspec.Struct, frozen=True):
+    format: int
+    run: str
+
+
+class Head(msgspec.Struct, frozen=True, kw_only=True):
+    """A resume went back: saves continue from the end of `lineage`, the first of them gets number `next`."""
+
+    run: str
+    lineage: tuple[Span, ...]
+    next: int
+
+
+def read_run(root: Path) -> str | None:
+    """The id of the run in this directory; None where there is none (or it isn't readable)."""
+    identity = _read(hidden(root, RUN), _Identity)
+    return None if identity is None else identity.run
+
+
+def start_run(root: Path, run: str | None = None) -> str:
+    """Make the directory that of a new run (or of `run`, whose run.json was lost); returns its id."""
+    identity = _Identity(1, run or new_id())
+    # First the head: one of the old run must not be found beside the new identity.
+    local.unlink(hidden(root, HEAD))
+    local.replace(hidden(root, RUN), _json(identity))
+    return identity.run
+
+
+def read_head(root: Path, run: str | None) -> Head | None:
+    """The head of this run; None if it never went back."""
+    head = _read(hidden(root, HEAD), Head)
+    return head if head is not None and head.run == run else None
+
+
+def write_head(root: Path, head: Head) -> None:
+    """Durable when this returns."""
+    local.replace(hidden(root, HEAD), _json(head))
+
+
+def _read(path: Path, kind: type[T]) -> T | None:
+    try:
+        return msgspec.json.decode(local.read(path, 1 << 20), type=kind)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def _json(value: msgspec.Struct) -> bytes:
+    return f"{json.dumps(msgspec.to_builtins(value), indent=1)}\n".encode()

@@ -1,0 +1,132 @@
+"""A checkpoint on its way: files are written to `.lastgood/tmp/<id>/`, where no reader looks."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lastgood.errors import NotEnoughSpace, SaveFailed
+from lastgood.format import tensors as safetensors
+from lastgood.format.manifest import safe_name
+from lastgood.model import FileEntry
+from lastgood.repo.layout import hidden, new_id
+from lastgood.store import local
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(slots=True)
+class Staging:
+    """path: the directory, for libraries that write files of their own. files and parts: what is registered so far."""
+
+    root: Path
+    id: str
+    files: dict[str, FileEntry] = field(default_factory=dict)
+    parts: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def directory(self) -> Path:
+        return hidden(self.root, "tmp", self.id)
+
+    @property
+    def path(self) -> str:
+        return os.fspath(self.directory)
+
+    def tensors(
+        self,
+        name: str,
+        part: str,
+        tensors: Iterable[safetensors.Tensor],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write a safetensors file. Raises SaveFailed or NotEnoughSpace."""
+        _, chunks = safetensors.encode(tensors, metadata)
+        self._write(name, part, lambda path: local.write(path, chunks))
+
+    def data(self, name: str, part: str, content: bytes) -> None:
+        """Write a file with this content. Raises SaveFailed or NotEnoughSpace."""
+        self._write(name, part, lambda path: local.write(path, [content]))
+
+    def adopt(self, part: str) -> None:
+        """Take in what libraries wrote into the directory: hashed and made durable, links and devices refused."""
+        for name, path in _files(self.directory, ""):
+            if name not in self.files:
+                with explained(path):
+                    self._add(name, part, local.sync_file(path))
+
+    def discard(self) -> None:
+        """Remove it; what can't be removed now goes with the next sweep."""
+        try:
+            local.remove_tree(self.directory)
+        except OSError:
+            return
+
+    def directories(self) -> list[Path]:
+        """Every directory of it, the innermost first."""
+        inner = {self.directory.joinpath(*name.split("/")[:-1]) for name in self.files}
+        return sorted(inner | {self.directory}, key=lambda path: -len(path.parts))
+
+    def _write(self, name: str, part: str, write: Callable[[Path], FileEntry]) -> None:
+        path = self.directory / name
+        with explained(path):
+            local.make_dirs(path.parent)
+            entry = write(path)
+        self._add(name, part, entry)
+
+    def _add(self, name: str, part: str, entry: FileEntry) -> None:
+        if not safe_name(name):
+            raise SaveFailed(f"{name!r} can't be the name of a file in a checkpoint", hint="rename what writes it")
+        self.files[name] = entry
+        self.parts.setdefault(part, []).append(name)
+
+
+def open_staging(root: Path) -> Staging:
+    """A new, empty one. Raises SaveFailed or NotEnoughSpace."""
+    staging = Staging(root, new_id())
+    with explained(staging.directory):
+        local.make_dirs(staging.directory)
+    return staging
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """OSErrors inside become SaveFailed or NotEnoughSpace, with errno, path and what is left of the disk."""
+    try:
+        yield
+    except SaveFailed:
+        raise
+    except OSError as error:
+        raise failure(path, error) from error
+
+
+def failure(path: Path, error: OSError) -> SaveFailed:
+    """The SaveFailed for an OSError at `path`."""
+    kind = NotEnoughSpace if error.errno in FULL else SaveFailed
+    try:
+        space, _ = local.free(path.parent)
+        left = f", {space} bytes free"
+    except OSError:
+        left = ""
+    hint = "free space or keep fewer checkpoints" if kind is NotEnoughSpace else "check the disk and its permissions"
+    failed = kind(f"{path}: {error.strerror or error} (errno {error.errno}{left})", hint=hint)
+    failed.errno = error.errno
+    return failed
+
+
+def _files(directory: Path, prefix: str) -> list[tuple[str, Path]]:
+    found = []
+    for name in local.names(directory):
+        path = directory / name
+        mode = path.lstat().st_mode
+        if stat.S_ISDIR(mode):
+            found += _files(path, f"{prefix}{name}/")
+        elif stat.S_ISREG(mode):
+            found.append((prefix + name, path))
+        else:
+            raise SaveFailed(f"{path} is neither a file nor a directory", hint="a checkpoint holds plain files alone")
+    return found

@@ -1,0 +1,56 @@
+"""Whether a checkpoint still holds what was committed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from lastgood.errors import CorruptCheckpoint
+from lastgood.format.tensors import read_header
+from lastgood.model import FileEntry, Record
+from lastgood.repo.read import missing
+from lastgood.store import local
+
+
+def problems(
+    root: Path, record: Record, *, full: bool, progress: Callable[[int], None] | None = None
+) -> tuple[str, ...]:
+    """What is wrong with each file; () for a good checkpoint.
+
+    full: read and hash every byte; otherwise sizes and safetensors headers. `progress` gets the bytes of each file
+    that is done.
+    """
+    manifest, directory = record.manifest, root / record.name
+    if manifest is None:
+        return (record.problem or "it has no manifest",)
+    gone = missing(directory, manifest)
+    if gone:
+        return (gone,)
+    if not full:
+        return tuple(filter(None, (_header(directory / name) for name in manifest.files)))
+
+    def check(item: tuple[str, FileEntry]) -> str:
+        name, expected = item
+        try:
+            found = local.digest(directory / name)
+        except OSError as error:
+            return f"{name} can't be read: {error.strerror or error}"
+        if progress is not None:
+            progress(found.size)
+        return "" if found == expected else f"the content of {name} is not what was saved (hash differs)"
+
+    # Hashing and reading leave the interpreter lock; two threads keep a disk busy.
+    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+        return tuple(filter(None, pool.map(check, manifest.files.items())))
+
+
+def _header(path: Path) -> str:
+    if path.suffix != ".safetensors":
+        return ""
+    try:
+        read_header(path)
+    except CorruptCheckpoint as error:
+        return error.message
+    return ""

@@ -1,0 +1,123 @@
+"""An optimizer's state by parameter name, exactly.
+
+torch numbers the parameters; a number says nothing once a layer was frozen or added,
+so on disk every tensor is `state.<parameter>.<key>` and a changed set of parameters is
+named instead of guessed. `load_state_dict` casts state to the parameter's dtype (fp32
+moments of a bf16 parameter come back as bf16), so what it changed is put back afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from lastgood.errors import Incompatible
+from lastgood.state import tree
+from lastgood.state.tensors import same_bits
+
+
+def plain(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside wrappers such as Accelerate's."""
+    while not isinstance(optimizer, torch.optim.Optimizer) or type(optimizer).__module__.startswith("accelerate."):
+        if not hasattr(optimizer, "optimizer"):
+            break
+        optimizer = optimizer.optimizer
+    return optimizer  # type: ignore[no-any-return]
+
+
+def parameter_names(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> list[list[str]]:
+    """Per param group, the name of each parameter in the model; `unnamed.<group>.<index>` for one outside it."""
+    names = {id(parameter): clean(name) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    return [
+        [names.get(id(parameter), f"unnamed.{g}.{i}") for i, parameter in enumerate(group["params"])]
+        for g, group in enumerate(optimizer.param_groups)
+    ]
+
+
+def clean(name: str) -> str:
+    """The parameter's name without what torch.compile puts in front."""
+    return name.replace("_orig_mod.", "")
+
+
+def capture(optimizer: Any, model: torch.nn.Module) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """(JSON, tensors). The tensors are the live ones: write them before the next step."""
+    inner = plain(optimizer)
+    names = parameter_names(inner, model)
+    flat = [name for group in names for name in group]
+    state = inner.state_dict()
+    tensors: dict[str, torch.Tensor] = {}
+    values = {flat[index]: tree.encode(entry, tensors, f"state.{flat[index]}") for index, entry in state["state"].items()}
+    groups = [
+        {
+            "names": group_names,
+            "values": tree.encode({k: v for k, v in group.items() if k != "params"}, tensors, f"group.{number}"),
+        }
+        for number, (group, group_names) in enumerate(zip(state["param_groups"], names, strict=True))
+    ]
+    rest = {key: value for key, value in state.items() if key not in ("state", "param_groups")}
+    return {
+        "class": f"{type(inner).__module__}.{type(inner).__qualname__}",
+        "state": values,
+        "groups": groups,
+        "rest": tree.encode(rest, tensors, "rest"),
+    }, tensors
+
+
+def restore(
+    optimizer: Any, model: torch.nn.Module, saved: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Load into `optimizer`. Raises Incompatible, before anything is changed, where the parameters differ."""
+    inner = plain(optimizer)
+    names = parameter_names(inner, model)
+    kind = f"{type(inner).__module__}.{type(inner).__qualname__}"
+    if kind != saved["class"]:
+        raise Incompatible(
+            f"the checkpoint holds the state of {saved['class']}, the run uses {kind}",
+            hint="use the same `optim`, or allow_missing=['optimizer', 'scheduler'] to start it afresh",
+        )
+    _same_parameters(names, [group["names"] for group in saved["groups"]])
+    position = {name: index for index, name in enumerate(name for group in names for name in group)}
+    owned = {name: tensor.clone() for name, tensor in tensors.items()}
+    state = {position[name]: tree.decode(entry, owned) for name, entry in saved["state"].items()}
+    groups = []
+    for group, group_names in zip(saved["groups"], names, strict=True):
+        values = tree.decode(group["values"], owned)
+        groups.append({**values, "params": [position[name] for name in group_names]})
+    inner.load_state_dict({**tree.decode(saved["rest"], owned), "state": state, "param_groups": groups})
+    _undo_casts(inner, state)
+
+
+def _same_parameters(live: list[list[str]], saved: list[list[str]]) -> None:
+    if live == saved:
+        return
+    mine = {name for group in live for name in group}
+    theirs = {name for group in saved for name in group}
+    if mine == theirs:
+        what = "the same parameters, in other groups or in another order"
+    else:
+        what = f"new: {some(mine - theirs)}; gone: {some(theirs - mine)}"
+    raise Incompatible(
+        f"the optimizer's parameters differ from those in the checkpoint ({what})",
+        hint="train the same parameters (frozen layers, LoRA targets), or allow_missing=['optimizer', 'scheduler']",
+    )
+
+
+def some(names: Iterable[str], limit: int = 8) -> str:
+    """Up to `limit` names for a message."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
+    return (", ".join(ordered[:limit]) or "none") + more
+
+
+def _undo_casts(inner: torch.optim.Optimizer, state: Mapping[int, Any]) -> None:
+    parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
+    for index, entry in state.items():
+        live = inner.state.get(parameters[index])
+        if not isinstance(live, dict) or not isinstance(entry, Mapping):
+            continue
+        for key, value in entry.items():
+            got = live.get(key)
+            if isinstance(value, torch.Tensor) and isinstance(got, torch.Tensor) and not same_bits(got, value):
+                live[key] = value.to(got.device)

@@ -1,0 +1,220 @@
+"""The part `model`: what `save_pretrained` decides to write, and the proof that it can be put back.
+
+At a save the model's own `save_pretrained` chooses names, tied weights, shards and
+conversions; the tensors it hands to its safetensors writer are taken over before a byte is
+written. Live tensors that those files don't hold (a parameter unfrozen beside an adapter, a
+buffer that changed and isn't persistent) are stored as well, under their live names. At a
+restore each live tensor is found by its digest, whatever its name on disk.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lastgood.errors import Incompatible, IncompleteRestore
+from lastgood.state.conversions import converted
+from lastgood.state.fingerprint import Fingerprints, live_tensors
+from lastgood.state.optimizer import some
+from lastgood.state.tensors import digest, same_bits, signature
+
+WRITERS = (
+    ("transformers.modeling_utils", "safe_save_file"),
+    ("peft.peft_model", "safe_save_file"),
+    ("safetensors.torch", "save_file"),
+)
+"""Where the libraries keep the function that writes a safetensors file."""
+
+UNWANTED = frozenset({"training_args.bin"})
+"""Pickles that hold nothing a resume needs, and the hub token in clear: never written."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFile:
+    """One safetensors file as a library wanted it: path relative to the checkpoint, tensors by saved name."""
+
+    name: str
+    tensors: dict[str, torch.Tensor]
+    metadata: dict[str, str] | None
+
+
+@contextmanager
+def taken_over(directory: str) -> Iterator[list[TensorFile]]:
+    """While active, safetensors files meant for `directory` are collected instead of written.
+
+    Calls for any other place go through, so other threads don't notice.
+    """
+    root = Path(directory).resolve()
+    files: list[TensorFile] = []
+
+    def inside(target: Any) -> str | None:
+        if not isinstance(target, (str, Path)):
+            return None
+        path = Path(target).resolve()
+        return path.relative_to(root).as_posix() if path.is_relative_to(root) else None
+
+    def taking(original: Callable[..., Any]) -> Callable[..., Any]:
+        def save_file(tensors: dict[str, torch.Tensor], filename: Any, metadata: Any = None) -> Any:
+            name = inside(filename)
+            if name is None:
+                return original(tensors, filename, metadata=metadata)
+            files.append(TensorFile(name, dict(tensors), metadata))
+            return None
+
+        return save_file
+
+    def skipping(original: Callable[..., Any]) -> Callable[..., Any]:
+        def save(obj: Any, f: Any, *args: Any, **kwargs: Any) -> Any:
+            name = inside(f)
+            return None if name in UNWANTED else original(obj, f, *args, **kwargs)
+
+        return save
+
+    with _replaced([(module, name, taking) for module, name in WRITERS] + [("torch", "save", skipping)]):
+        yield files
+
+
+@contextmanager
+def _replaced(changes: list[tuple[str, str, Callable[[Any], Any]]]) -> Iterator[None]:
+    originals = []
+    try:
+        for module_name, attribute, wrap in changes:
+            module = sys.modules.get(module_name)
+            original = getattr(module, attribute, None)
+            if module is not None and original is not None:
+                originals.append((module, attribute, original))
+                setattr(module, attribute, wrap(original))
+        yield
+    finally:
+        for module, attribute, original in reversed(originals):
+            setattr(module, attribute, original)
+
+
+@dataclass(slots=True)
+class Coverage:
+    """Remembers, per run, what the model was at the start and which conversions are proven to lead back."""
+
+    initial: dict[str, str]
+    prints: Fingerprints
+    proven: set[str] = field(default_factory=set)
+
+    @classmethod
+    def begin(cls, model: torch.nn.Module) -> Coverage:
+        """To be called before training or a restore changes the model."""
+        prints = Fingerprints()
+        return cls(initial=prints.of(model), prints=prints)
+
+    def extras(
+        self, model: torch.nn.Module, files: list[TensorFile]
+    ) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+        """(digests of all live tensors, the live tensors that `files` would not bring back)."""
+        live = live_tensors(model)
+        digests = self.prints.of(model)
+        held = _digests_of(files, live, digests)
+        lost = [
+            name
+            for name, tensor in live.items()
+            if digests[name] not in held
+            and name not in self.proven
+            and (tensor.requires_grad or self.initial.get(name) != digests[name])
+        ]
+        if lost:
+            saved = {name: tensor for file in files for name, tensor in file.tensors.items()}
+            candidates = converted(model, saved)
+            proven = {name for name in lost if name in candidates and same_bits(candidates[name], live[name])}
+            self.proven |= proven
+            lost = [name for name in lost if name not in proven]
+        return digests, {name: live[name] for name in lost}
+
+
+def _digests_of(files: list[TensorFile], live: Mapping[str, torch.Tensor], digests: Mapping[str, str]) -> set[str]:
+    """Digests of the tensors in `files`; those that are live tensors themselves aren't hashed twice."""
+    known = {_identity(tensor): digests[name] for name, tensor in live.items() if tensor.numel()}
+    return {
+        known.get(_identity(tensor)) or digest(tensor) for file in files for tensor in file.tensors.values()
+    }
+
+
+def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), str(tensor.device))
+
+
+def restore(
+    model: torch.nn.Module,
+    expected: Mapping[str, str],
+    load: Callable[[], dict[str, torch.Tensor]],
+    *,
+    allow_base: bool = False,
+) -> dict[str, int]:
+    """Give every live tensor the value whose digest is in `expected`; `load` reads the saved tensors when needed.
+
+    allow_base: frozen tensors that differ and aren't stored (another base model) stay as they are.
+    Returns how many tensors were unchanged, copied, converted and different. Raises Incompatible
+    (names or shapes differ) or IncompleteRestore (no saved tensor leads to a live one); in both
+    cases the model is as it was.
+    """
+    live = live_tensors(model)
+    _same_names(set(live), set(expected))
+    waiting = {name: want for name, want in expected.items() if digest(live[name]) != want}
+    counts = {"unchanged": len(expected) - len(waiting), "copied": 0, "converted": 0}
+    if not waiting:
+        return counts
+    saved = load()
+    by_digest = {digest(tensor): tensor for tensor in saved.values()}
+    sources = {name: by_digest[want] for name, want in waiting.items() if want in by_digest}
+    counts["copied"] = len(sources)
+    rest = {name: want for name, want in waiting.items() if name not in sources}
+    if rest:
+        for name, tensor in converted(model, saved).items():
+            if name in rest and digest(tensor) == rest[name]:
+                sources[name] = tensor
+                counts["converted"] += 1
+    if allow_base:
+        other = {name for name in waiting if name not in sources and not live[name].requires_grad}
+        counts["different"] = len(other)
+        waiting = {name: want for name, want in waiting.items() if name not in other}
+    _all_found(waiting, sources, live)
+    with torch.no_grad():
+        for name, tensor in sources.items():
+            live[name].copy_(tensor)
+    wrong = [name for name in sources if digest(live[name]) != expected[name]]
+    if wrong:
+        raise IncompleteRestore(f"after the restore these tensors don't hold what was saved: {some(wrong)}")
+    return counts
+
+
+def _same_names(live: set[str], saved: set[str]) -> None:
+    if live != saved:
+        raise Incompatible(
+            f"the model's tensors differ from those in the checkpoint"
+            f" (only in the run: {some(live - saved)}; only in the checkpoint: {some(saved - live)})",
+            hint="build the same model and adapter (PEFT config, tied weights, new tokens) as when it was saved",
+        )
+
+
+def _all_found(
+    waiting: Mapping[str, str], sources: Mapping[str, torch.Tensor], live: Mapping[str, torch.Tensor]
+) -> None:
+    other_shape = [
+        f"{name} ({want.partition(':')[0]} saved, {signature(live[name])} here)"
+        for name, want in waiting.items()
+        if want.partition(":")[0] != signature(live[name])
+    ]
+    if other_shape:
+        raise Incompatible(
+            f"tensors of another shape or dtype than the checkpoint's: {some(other_shape)}",
+            hint="use the model configuration, vocabulary and dtype of the saved run",
+        )
+    missing = [name for name in waiting if name not in sources]
+    if missing:
+        raise IncompleteRestore(
+            f"{len(missing)} tensors of the model can't be brought back from the checkpoint: {some(missing)}",
+            hint="frozen weights aren't stored with an adapter: start from the same base model as the saved run"
+            " (allow_missing=['base_model'] goes on with this one)",
+        )

@@ -1,0 +1,192 @@
+"""Every file operation of lastgood, written once.
+
+Durable means: written to a file nobody sees yet, length checked, fsynced, renamed, and
+the directory fsynced. Files are opened without following links. Errors of fsync and
+close are never swallowed and never retried: after one, nothing is known about the data.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+from blake3 import blake3
+
+from lastgood.model import FileEntry
+
+BLOCK = 4 << 20
+"""Bytes read at a time when a file is hashed (4 MiB)."""
+
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+# O_NONBLOCK: a FIFO in the place of a file must not hang the reader.
+_READ = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
+
+Buffer = bytes | bytearray | memoryview
+
+
+def write(path: Path, chunks: Iterable[Buffer]) -> FileEntry:
+    """Create `path` with these bytes, durably except for its directory entry; on an error it doesn't exist."""
+    hasher, total = blake3(), 0
+    handle = os.open(path, _NEW, 0o666)
+    try:
+        try:
+            for chunk in chunks:
+                view = memoryview(chunk).cast("B")
+                hasher.update(view)
+                total += len(view)
+                while view:
+                    view = view[os.write(handle, view) :]
+            if os.fstat(handle).st_size != total:
+                raise OSError(5, "the file has another length than was written", os.fspath(path))
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except BaseException:
+        os.unlink(path)
+        raise
+    return FileEntry(size=total, blake3=hasher.hexdigest())
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Put `data` in the place of `path`, all or nothing, durably."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    write(temporary, [data])
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    sync_dir(path.parent)
+
+
+def append(path: Path, data: bytes, *, sync: bool) -> None:
+    """Add to the end in one write."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+    handle = os.open(path, flags, 0o666)
+    try:
+        written = os.write(handle, data)
+        if written != len(data):
+            raise OSError(28, f"{written} of {len(data)} bytes written", os.fspath(path))
+        if sync:
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_file(path: Path) -> FileEntry:
+    """Make a file durable that a library wrote, with the mode that our own files have; its size and hash."""
+    entry = digest(path)
+    handle = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0))
+    try:
+        os.fchmod(handle, 0o666 & ~_umask())
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    return entry
+
+
+def sync_dir(path: Path) -> None:
+    """Make the names in a directory durable."""
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC", 0))
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def make_dirs(path: Path) -> None:
+    """The directory and its parents; new names are durable in their parents."""
+    missing = []
+    at = path
+    while not at.is_dir():
+        missing.append(at)
+        at = at.parent
+    for directory in reversed(missing):
+        directory.mkdir(exist_ok=True)
+        sync_dir(directory.parent)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Move to a name that must be free, durably. Raises FileExistsError."""
+    if os.path.lexists(target):
+        raise FileExistsError(17, "already exists", os.fspath(target))
+    os.rename(source, target)
+    sync_dir(target.parent)
+    if source.parent != target.parent:
+        sync_dir(source.parent)
+
+
+def names(path: Path) -> list[str]:
+    """Names in a directory, sorted; [] if it isn't there."""
+    try:
+        return sorted(os.listdir(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def read(path: Path, limit: int) -> bytes:
+    """A regular file of at most `limit` bytes; OSError otherwise."""
+    handle = os.open(path, _READ)
+    with os.fdopen(handle, "rb") as file:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(22, "not a regular file", os.fspath(path))
+        if status.st_size > limit:
+            raise OSError(27, f"{status.st_size} bytes, more than the {limit} expected", os.fspath(path))
+        return file.read(limit + 1)
+
+
+def size(path: Path) -> int | None:
+    """Bytes of a regular file; None for anything else, a link included."""
+    try:
+        status = os.lstat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+def digest(path: Path) -> FileEntry:
+    """Size and hash of a regular file as it is on disk now."""
+    hasher, total = blake3(), 0
+    handle = os.open(path, _READ)
+    with os.fdopen(handle, "rb", buffering=0) as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(22, "not a regular file", os.fspath(path))
+        buffer = bytearray(min(BLOCK, max(1, os.fstat(handle).st_size)))
+        view = memoryview(buffer)
+        while count := file.readinto(buffer):
+            hasher.update(view[:count])
+            total += count
+    return FileEntry(size=total, blake3=hasher.hexdigest())
+
+
+def unlink(path: Path) -> None:
+    """Remove a file if it is there."""
+    path.unlink(missing_ok=True)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory with all in it; links are removed, not followed."""
+    with os.scandir(path) as entries:
+        for entry in list(entries):
+            if entry.is_dir(follow_symlinks=False):
+                remove_tree(Path(entry.path))
+            else:
+                os.unlink(entry.path)
+    os.rmdir(path)
+
+
+def free(path: Path) -> tuple[int, int]:
+    """(bytes, inodes) that we may still use; inodes is -1 where the file system doesn't count them."""
+    status = os.statvfs(path)
+    return status.f_bavail * status.f_frsize, status.f_favail if status.f_files else -1
+
+
+def _umask() -> int:
+    # The only portable way to read it is to set it. Worker threads of ours never create files meanwhile.
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,46 @@
+"""What lastgood tells the person in front of the terminal: one logger, lines that begin with `lastgood:`.
+
+LASTGOOD_LOG sets the level (DEBUG, INFO, WARNING, ERROR; INFO if unset). A program that
+configures logging itself gets the records through the logger `lastgood` and nothing twice.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import TextIO
+
+_logger = logging.getLogger("lastgood")
+
+
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Writes to whatever sys.stderr is at that moment: notebooks and test runners replace it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+def _prepare() -> None:
+    if _logger.handlers or logging.getLogger().handlers:
+        return
+    handler = _Stderr()
+    handler.setFormatter(logging.Formatter("lastgood: %(message)s"))
+    _logger.addHandler(handler)
+    level = os.environ.get("LASTGOOD_LOG", "INFO").upper()
+    _logger.setLevel(level if level in ("DEBUG", "INFO", "WARNING", "ERROR") else "INFO")
+
+
+def say(message: str) -> None:
+    """News: what was resumed, what was decided."""
+    _prepare()
+    for line in message.splitlines():
+        _logger.info(line)
+
+
+def warn(message: str) -> None:
+    """Something to act on."""
+    _prepare()
+    for line in message.splitlines():
+        _logger.warning(line)
