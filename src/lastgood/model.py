@@ -38,7 +38,7 @@ class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """The commit record `lastgood.json`: a checkpoint exists if and only if it parses and its files have these sizes."""
+    """The commit record `lastgood.json`: a checkpoint exists iff it parses and its files have these sizes."""
 
     format: int
     id: str  # 16 hex digits, unique

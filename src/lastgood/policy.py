@@ -16,13 +16,18 @@ from lastgood.model import Record, finite
 Mode = Literal["min", "max"]
 
 LOWER = frozenset(
-    "loss perplexity ppl wer cer mer ter mse rmse mae mape nll bpb bpc bits_per_byte bits_per_char error err"
-    " error_rate fid hamming_loss brier ece cross_entropy".split()
+    """
+    loss perplexity ppl wer cer mer ter mse rmse mae mape nll bpb bpc bits_per_byte bits_per_char error
+    err error_rate fid hamming_loss brier ece cross_entropy
+    """.split()  # noqa: SIM905 (a list of words)
 )
 HIGHER = frozenset(
-    "accuracy acc f1 precision recall bleu sacrebleu chrf meteor rouge rouge1 rouge2 rougel rougelsum auc auroc map mrr"
-    " ndcg reward rewards exact_match em r2 pearson pearsonr spearman spearmanr mcc matthews_correlation win_rate iou"
-    " miou dice cosine_accuracy mean_token_accuracy ssim psnr bertscore comet pass@1 pass@10 pass@100 score".split()
+    """
+    accuracy acc f1 precision recall bleu sacrebleu chrf meteor rouge rouge1 rouge2 rougel rougelsum auc
+    auroc map mrr ndcg reward rewards exact_match em r2 pearson pearsonr spearman spearmanr mcc
+    matthews_correlation win_rate iou miou dice cosine_accuracy mean_token_accuracy ssim psnr bertscore
+    comet pass@1 pass@10 pass@100 score
+    """.split()  # noqa: SIM905 (a list of words)
 )
 
 
@@ -77,7 +82,9 @@ class Keep:
             guess = known_mode(self.monitor)
             if guess is None:
                 raise UsageError(
-                    f"is a lower or a higher {self.monitor} better?", hint="give mode='min' or mode='max'", code="CKB005"
+                    f"is a lower or a higher {self.monitor} better?",
+                    hint="give mode='min' or mode='max'",
+                    code="CKB005",
                 )
             object.__setattr__(self, "mode", guess)
 
@@ -89,7 +96,8 @@ class Keep:
     def describe(self) -> str:
         """One line for people: keep the last 2, the best 3 by eval_loss, full state for the newest 1."""
         rules = {
-            "total": f"{self.total} in all (the newest" + (f", the best others by {self.monitor})" if self.monitor else ")"),
+            "total": f"{self.total} in all (the newest"
+            + (f", the best others by {self.monitor})" if self.monitor else ")"),
             "last": f"the last {self.last}",
             "best": f"the best {self.best} by {self.monitor}",
             "every": f"every {self.every} steps",
@@ -195,8 +203,12 @@ def _wanted(mine: Sequence[Record], ranked: Sequence[Record], keep: Keep) -> dic
         others += [record for record in mine[1:] if record not in others]
         for place, record in enumerate([mine[0], *others][: keep.total], 1):
             value = None if keep.monitor is None else metric_of(record, keep.monitor)
+            kind = "newest" if place == 1 else "best others" if ranked else "newest ones"
             score = "" if value is None or place == 1 else f", {keep.monitor} = {value:.6g}"
-            want(record, f"{place} of {keep.total} in all ({'newest' if place == 1 else 'best others' if ranked else 'newest ones'}{score})")
+            want(
+                record,
+                f"{place} of {keep.total} in all ({kind}{score})",
+            )
     return {name: tuple(texts) for name, texts in reasons.items()}
 
 

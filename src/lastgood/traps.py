@@ -134,7 +134,9 @@ def _recovering(s: Settings) -> Iterator[Finding]:
             fix='save_strategy="steps": the best is found and kept all the same',
         )
     elif length is not None:
-        first = next(save_points(s.save_strategy, s.save_steps, max_steps=length, steps_per_epoch=s.steps_per_epoch), None)
+        first = next(
+            save_points(s.save_strategy, s.save_steps, max_steps=length, steps_per_epoch=s.steps_per_epoch), None
+        )
         if first is None or first >= length:
             yield Finding(
                 code="CKB007",

@@ -53,7 +53,9 @@ def commit(
         name = _make_room(root, manifest)
         local.rename(staging.directory, root / name)
     if local.read(root / name / codec.NAME, codec.LIMIT) != content:
-        raise Conflict(f"{root / name} was written by somebody else at the same moment", hint="run one writer at a time")
+        raise Conflict(
+            f"{root / name} was written by somebody else at the same moment", hint="run one writer at a time"
+        )
     return Record(name=name, step=step, state="full" if manifest.full else "weights", manifest=manifest)
 
 

@@ -34,9 +34,7 @@ def read(root: Path, id: str) -> dict[str, float]:
     for line in lines(hidden(root, "metrics", f"{id}.jsonl"), LIMIT):
         values = line.get("metrics")
         for name, value in values.items() if isinstance(values, dict) else ():
-            if value in ("nan", "inf", "-inf"):
-                found[name] = float(value)
-            elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            if value in ("nan", "inf", "-inf") or (isinstance(value, (int, float)) and not isinstance(value, bool)):
                 found[name] = float(value)
     return found
 

@@ -11,6 +11,8 @@ import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import msgspec
+
 from lastgood.errors import CorruptCheckpoint
 from lastgood.format import manifest as codec
 from lastgood.model import Manifest, Record, Span, on_lineage
@@ -31,7 +33,7 @@ def records(root: Path) -> tuple[Record, ...]:
     ]
     way = lineage_in_force(found, read_head(root, run))
     placed = [
-        Record(**{**_fields(record), "current": on_lineage(record.seq, way)}) if record.ours else record
+        msgspec.structs.replace(record, current=on_lineage(record.seq, way)) if record.ours else record
         for record in found
     ]
     return tuple(sorted(placed, key=lambda record: (record.step, record.seq, record.name)))
@@ -117,9 +119,5 @@ def _pins(root: Path) -> Mapping[str, tuple[str, ...]]:
 
 
 class _Everything(dict[str, tuple[str, ...]]):
-    def get(self, key: str, default: object = ()) -> tuple[str, ...]:  # type: ignore[override]
+    def get(self, key: str, default: object = ()) -> tuple[str, ...]:
         return ("unreadable pins.json",)
-
-
-def _fields(record: Record) -> dict[str, object]:
-    return {name: getattr(record, name) for name in record.__struct_fields__}

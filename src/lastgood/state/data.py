@@ -9,6 +9,7 @@ fetch happens under the state that it had the first time.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -42,8 +43,8 @@ class Position:
             "consumed": self.consumed,
             "start": rng.encode(self.start),
             "fetches": {str(ordinal): rng.encode(state) for ordinal, state in self.fetches.items()},
-            "own": [rng._text(state) for state in self.own],
-            "own_start": [rng._text(state) for state in self.own_start],
+            "own": [rng.to_text(state) for state in self.own],
+            "own_start": [rng.to_text(state) for state in self.own_start],
         }
 
     @classmethod
@@ -52,8 +53,8 @@ class Position:
             consumed=int(value["consumed"]),
             start=rng.decode(value["start"]),
             fetches={int(ordinal): rng.decode(state) for ordinal, state in value["fetches"].items()},
-            own=[rng._bytes(text) for text in value["own"]],
-            own_start=[rng._bytes(text) for text in value["own_start"]],
+            own=[rng.from_text(text) for text in value["own"]],
+            own_start=[rng.from_text(text) for text in value["own_start"]],
         )
 
 
@@ -142,6 +143,7 @@ class Watched:
         iterator = iter(self.loader)
         ordinal = 0
         if resume is not None:
+            draw_order(iterator)
             for _ in range(self._discard):
                 next(iterator, None)
             ordinal = resume.consumed
@@ -159,6 +161,18 @@ class Watched:
             except StopIteration:
                 return
             yield batch
+
+
+def draw_order(iterator: Any) -> None:
+    """Let the sampler draw the order of the epoch now: it does so at the first fetch, which here happens later.
+
+    With worker processes the first indices were sent out when the iterator was made: nothing is left to do.
+    """
+    indices = getattr(iterator, "_sampler_iter", None)
+    if indices is not None and getattr(iterator, "_num_workers", 0) == 0:
+        iterator._sampler_iter = itertools.chain(
+            [first for first in [next(indices, None)] if first is not None], indices
+        )
 
 
 def own_generators(loader: Any) -> list[torch.Generator]:

@@ -48,7 +48,9 @@ def capture(optimizer: Any, model: torch.nn.Module) -> tuple[dict[str, Any], dic
     flat = [name for group in names for name in group]
     state = inner.state_dict()
     tensors: dict[str, torch.Tensor] = {}
-    values = {flat[index]: tree.encode(entry, tensors, f"state.{flat[index]}") for index, entry in state["state"].items()}
+    values = {
+        flat[index]: tree.encode(entry, tensors, f"state.{flat[index]}") for index, entry in state["state"].items()
+    }
     groups = [
         {
             "names": group_names,

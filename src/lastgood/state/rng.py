@@ -26,13 +26,13 @@ class Rng:
 
     python: tuple[Any, ...]
     numpy: dict[str, Any]
-    torch: torch.Tensor
+    cpu: torch.Tensor
     devices: dict[str, list[torch.Tensor]]
 
     def same(self, other: Rng) -> bool:
         """Whether nothing was drawn between the two, on the CPU generators."""
         return (
-            torch.equal(self.torch, other.torch)
+            torch.equal(self.cpu, other.cpu)
             and self.python == other.python
             and self.numpy["state"]["pos"] == other.numpy["state"]["pos"]
             and self.numpy["has_gauss"] == other.numpy["has_gauss"]
@@ -51,14 +51,14 @@ def capture() -> Rng:
             devices[kind] = list(module.get_rng_state_all())
         else:
             devices[kind] = [module.get_rng_state()]
-    return Rng(random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state(), devices)  # type: ignore[arg-type]
+    return Rng(random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state(), devices)
 
 
 def restore(rng: Rng) -> list[str]:
     """Set every generator back; returns what could not be set, in words (a device that isn't here any more)."""
     random.setstate(rng.python)
     np.random.set_state(rng.numpy)
-    torch.set_rng_state(rng.torch)
+    torch.set_rng_state(rng.cpu)
     problems = []
     for kind, states in rng.devices.items():
         module = getattr(torch, kind, None)
@@ -79,8 +79,8 @@ def encode(rng: Rng) -> dict[str, Any]:
     return {
         "python": [version, base64.b64encode(struct.pack(f"<{len(words)}I", *words)).decode(), gauss],
         "numpy": tree.encode(rng.numpy, {}, "numpy"),
-        "torch": _text(rng.torch),
-        "devices": {kind: [_text(state) for state in states] for kind, states in rng.devices.items()},
+        "torch": to_text(rng.cpu),
+        "devices": {kind: [to_text(state) for state in states] for kind, states in rng.devices.items()},
     }
 
 
@@ -91,14 +91,14 @@ def decode(value: dict[str, Any]) -> Rng:
     return Rng(
         python=(version, struct.unpack(f"<{len(raw) // 4}I", raw), gauss),
         numpy=tree.decode(value["numpy"], {}),
-        torch=_bytes(value["torch"]),
-        devices={kind: [_bytes(text) for text in texts] for kind, texts in value["devices"].items()},
+        cpu=from_text(value["torch"]),
+        devices={kind: [from_text(text) for text in texts] for kind, texts in value["devices"].items()},
     )
 
 
-def _text(state: torch.Tensor) -> str:
+def to_text(state: torch.Tensor) -> str:
     return base64.b64encode(state.cpu().numpy().tobytes()).decode()
 
 
-def _bytes(text: str) -> torch.Tensor:
+def from_text(text: str) -> torch.Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8).clone()

@@ -52,7 +52,7 @@ def to_bytes(name: str, tensor: torch.Tensor) -> Tensor:
     if plain.is_meta:
         raise NotSupported(f"tensor {name!r} has no data (meta device)", hint="materialise the model before saving")
     plain = plain.resolve_conj().resolve_neg().cpu().contiguous()
-    data = memoryview(plain.reshape(-1).view(torch.uint8).numpy()).cast("B")
+    data = plain.reshape(-1).view(torch.uint8).numpy().data.cast("B")
     return Tensor(name=name, dtype=code, shape=tuple(plain.shape), data=data)
 
 

@@ -110,9 +110,7 @@ class Coverage:
         prints = Fingerprints()
         return cls(initial=prints.of(model), prints=prints)
 
-    def extras(
-        self, model: torch.nn.Module, files: list[TensorFile]
-    ) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    def extras(self, model: torch.nn.Module, files: list[TensorFile]) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
         """(digests of all live tensors, the live tensors that `files` would not bring back)."""
         live = live_tensors(model)
         digests = self.prints.of(model)
@@ -136,9 +134,7 @@ class Coverage:
 def _digests_of(files: list[TensorFile], live: Mapping[str, torch.Tensor], digests: Mapping[str, str]) -> set[str]:
     """Digests of the tensors in `files`; those that are live tensors themselves aren't hashed twice."""
     known = {_identity(tensor): digests[name] for name, tensor in live.items() if tensor.numel()}
-    return {
-        known.get(_identity(tensor)) or digest(tensor) for file in files for tensor in file.tensors.values()
-    }
+    return {known.get(_identity(tensor)) or digest(tensor) for file in files for tensor in file.tensors.values()}
 
 
 def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:

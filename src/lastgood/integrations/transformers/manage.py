@@ -30,7 +30,7 @@ def manage(trainer: T, keep: Keep | None = None, on_error: str = "warn", **optio
     if not isinstance(trainer, Trainer):
         raise wrong_type("trainer", trainer, "a transformers Trainer, or an instance of a subclass such as SFTTrainer")
     try:
-        chosen = Options(keep=keep, on_error=on_error, **options)  # type: ignore[arg-type]
+        chosen = Options(keep=keep, on_error=on_error, **options)
     except TypeError as error:
         known = ", ".join(Options.__dataclass_fields__)
         raise UsageError(f"manage(): {error}", hint=f"the options are {known}") from error
@@ -43,7 +43,7 @@ def manage(trainer: T, keep: Keep | None = None, on_error: str = "warn", **optio
 
 
 def managed_class(cls: type[Any]) -> type[Any]:
-    """`cls` with ManagedTrainer between it and Trainer: its own overrides come first, their super() calls reach ours."""
+    """`cls` with ManagedTrainer in front of Trainer: its own overrides come first, their super() calls reach ours."""
     if cls is Trainer:
         return ManagedTrainer
     return type(f"Managed{cls.__name__}", (cls, ManagedTrainer), {"__module__": cls.__module__, "__doc__": cls.__doc__})
@@ -69,7 +69,7 @@ def supported(trainer: Trainer) -> None:
     if getattr(args, "enable_jit_checkpoint", False):
         raise NotSupported(
             "enable_jit_checkpoint and lastgood would both save on SIGTERM",
-            hint="remove enable_jit_checkpoint: a managed run saves on SIGTERM at the next step and exits with status 75",
+            hint="remove enable_jit_checkpoint: a managed run saves on SIGTERM at the next step, exit status 75",
         )
 
 
@@ -96,7 +96,9 @@ def examine(trainer: Trainer, options: Options) -> tuple[Finding, ...]:
             persistent_workers=args.dataloader_persistent_workers,
             num_workers=args.dataloader_num_workers,
             ignore_data_skip=args.ignore_data_skip,
-            foreign=tuple(r.name for r in records(Path(args.output_dir)) if r.state == "foreign") if args.output_dir else (),
+            foreign=tuple(r.name for r in records(Path(args.output_dir)) if r.state == "foreign")
+            if args.output_dir
+            else (),
             eval_metric_names=None,
         )
     )
@@ -111,7 +113,7 @@ def examine(trainer: Trainer, options: Options) -> tuple[Finding, ...]:
 
 def _steps_per_epoch(trainer: Trainer) -> int | None:
     try:
-        samples = len(trainer.train_dataset)  # type: ignore[arg-type]
+        samples = len(trainer.train_dataset)
     except TypeError:
         return None
     per_step = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps

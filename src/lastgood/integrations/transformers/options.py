@@ -35,7 +35,9 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.keep is not None and not isinstance(self.keep, Keep):
-            raise wrong_type("keep", self.keep, "a lastgood.Keep, for instance Keep(last=2, best=3, monitor='eval_loss')")
+            raise wrong_type(
+                "keep", self.keep, "a lastgood.Keep, for instance Keep(last=2, best=3, monitor='eval_loss')"
+            )
         for name, allowed in (
             ("on_error", ("warn", "raise")),
             ("verify", ("full", "quick")),

@@ -106,7 +106,7 @@ def _stock_auto(manager: Manager, old: list[stock.Stock]) -> Target:
     if len(groups) > 1:
         listing = "; ".join(", ".join(item.path.name for item in group) for group in groups)
         raise NoCheckpoint(
-            f"{manager.root} holds checkpoints of {len(groups)} different runs ({listing}): which one to continue from?",
+            f"{manager.root} holds checkpoints of {len(groups)} runs ({listing}): which one to continue?",
             hint="name one: resume_from_checkpoint='<path of the checkpoint>'",
         )
     newest = max(usable, key=lambda item: item.step)
@@ -129,7 +129,9 @@ def _path(manager: Manager, path: Path) -> Target:
     if not path.is_dir():
         near = ", ".join(record.name for record in manager.records()[-3:]) or "none"
         raise NoCheckpoint(f"{path} is not a directory; checkpoints in {manager.root}: {near}")
-    if (path / HIDDEN).is_dir() or (step_of(path.name) is None and any(step_of(p.name) is not None for p in path.iterdir())):
+    if (path / HIDDEN).is_dir() or (
+        step_of(path.name) is None and any(step_of(p.name) is not None for p in path.iterdir())
+    ):
         raise UsageError(
             f"{path} is a run, not a checkpoint",
             hint=f"name one of its checkpoints, or use resume_from_checkpoint='auto' with output_dir={str(path)!r}",
@@ -138,7 +140,7 @@ def _path(manager: Manager, path: Path) -> Target:
         return _stock_path(path)
     same_run = path.resolve().parent == manager.root.resolve()
     record = next((r for r in records(path.parent) if r.name == path.name), None)
-    if record is None or record.manifest is None or record.problem and record.state == "incomplete":
+    if record is None or record.manifest is None or (record.problem and record.state == "incomplete"):
         reason = "not a checkpoint directory" if record is None else record.problem
         raise CorruptCheckpoint(f"{path} can't be resumed from: {reason}", hint="resume_from_checkpoint='auto'")
     faults = verify.problems(path.parent, record, full=manager.verify == "full")

@@ -20,8 +20,8 @@ from lastgood.integrations.transformers.restore import Source
 from lastgood.integrations.transformers.resume import Fresh, Target, resolve
 from lastgood.manager import Manager
 from lastgood.model import Record, finite
-from lastgood.report import Change, Report
 from lastgood.repo import journal
+from lastgood.report import Change, Report
 from lastgood.state import rng, weights
 from lastgood.state.data import Tracker
 from lastgood.state.rng import Rng
@@ -280,9 +280,7 @@ class Session:
         score = policy.metric_of(record, keep.monitor)
         say(f"loaded the best model: {record.name} ({keep.monitor} = {score})")
         if state.best_global_step not in (None, record.step) and state.best_metric != score:
-            say(
-                f"step {state.best_global_step} had {keep.monitor} = {state.best_metric}, but no checkpoint was saved there"
-            )
+            say(f"step {state.best_global_step} had {state.best_metric}, but no checkpoint was saved there")
         state.best_metric, state.best_global_step = score, record.step
         state.best_model_checkpoint = os.path.join(self.trainer_root, record.name)
 

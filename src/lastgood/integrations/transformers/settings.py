@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import platform
 import re
 from collections.abc import Mapping
@@ -23,7 +24,15 @@ OPTIMIZER_VALUES = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2",
 SCHEDULE = ("lr_scheduler_type", "warmup_steps", "warmup_ratio", "max_steps", "num_train_epochs")
 DATA_ORDER = ("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed", "dataloader_drop_last")
 CADENCE = ("save_strategy", "save_steps", "eval_strategy", "eval_steps", "logging_steps", "save_total_limit")
-NUMERICS = ("bf16", "fp16", "optim", "max_grad_norm", "neftune_noise_alpha", "gradient_checkpointing", "label_smoothing_factor")
+NUMERICS = (
+    "bf16",
+    "fp16",
+    "optim",
+    "max_grad_norm",
+    "neftune_noise_alpha",
+    "gradient_checkpointing",
+    "label_smoothing_factor",
+)
 
 
 def environment() -> dict[str, str]:
@@ -54,7 +63,7 @@ def _masked(key: str, value: Any) -> Any:
     if value is None or isinstance(value, (bool, int)):
         return value
     if isinstance(value, float):
-        return value if value == value and abs(value) != float("inf") else str(value)
+        return value if math.isfinite(value) else str(value)
     return URL_LOGIN.sub("***@", str(value))
 
 
@@ -106,7 +115,7 @@ def _plain(value: Any) -> Any:
 def changes(
     saved: Mapping[str, Any], now: Mapping[str, Any], *, apply_new: bool, lr: tuple[float, float] | None = None
 ) -> list[Change]:
-    """The differences that matter to a resume, with what takes effect. `lr`: before and after, if the schedule moved."""
+    """The differences that matter to a resume, with what takes effect. lr: before and after, if the schedule moved."""
     found: list[Change] = []
 
     def differ(keys: tuple[str, ...], effect: str) -> None:
@@ -166,7 +175,9 @@ def settle(trainer: Any, fresh: list[dict[str, Any]], *, apply_new: bool) -> tup
         for group, values in zip(groups, fresh, strict=True):
             group.update({key: value for key, value in values.items() if key != "lr"})
         if hasattr(scheduler, "base_lrs"):
-            scheduler.base_lrs = [group.get("initial_lr", rate) for group, rate in zip(groups, scheduler.base_lrs, strict=True)]
+            scheduler.base_lrs = [
+                group.get("initial_lr", rate) for group, rate in zip(groups, scheduler.base_lrs, strict=True)
+            ]
     lambdas = getattr(scheduler, "lr_lambdas", None)
     if lambdas is None:
         return None

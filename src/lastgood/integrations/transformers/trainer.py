@@ -27,6 +27,7 @@ class ManagedTrainer(Trainer):
     """Inherit from it in front of Trainer, or let `lastgood.manage` put it there."""
 
     _lastgood: Session | None = None
+    control: Any
 
     @property
     def lastgood(self) -> Session:
@@ -60,7 +61,12 @@ class ManagedTrainer(Trainer):
             session.restore_stock_weights(resume_from_checkpoint, target, lambda: load(resume_from_checkpoint, model))
 
     def _init_training_state(
-        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, resume_from_checkpoint: Any, trial: Any
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: Any,
+        trial: Any,
     ) -> tuple[int, int]:
         self.lastgood.model_ready(self.model)
         epochs, batches = super()._init_training_state(
@@ -82,9 +88,7 @@ class ManagedTrainer(Trainer):
         lr = settings.settle(self, fresh, apply_new=new)
         manifest = session.source.record.manifest
         if manifest is not None:
-            session.changed += settings.changes(
-                manifest.arguments, settings.arguments(self.args), apply_new=new, lr=lr
-            )
+            session.changed += settings.changes(manifest.arguments, settings.arguments(self.args), apply_new=new, lr=lr)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if self.lastgood.source is None:
@@ -112,7 +116,7 @@ class ManagedTrainer(Trainer):
             return
         position = source.position()
         consumed = rest["steps_trained_in_current_epoch"]
-        if position is not None and (position.consumed == consumed or consumed == 0):
+        if position is not None and consumed in (position.consumed, 0):
             session.tracker.set_own(position.own)
         with self._skipping(position, consumed):
             super()._run_epoch(epoch=epoch, epochs_trained=epochs_trained, train_dataloader=loader, **rest)
@@ -156,7 +160,9 @@ class ManagedTrainer(Trainer):
             self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
             self._after_step(epoch, **rest)
 
-    def _after_step(self, epoch: int, *, model: Any, trial: Any, ignore_keys_for_eval: Any, start_time: float, **_: Any) -> None:
+    def _after_step(
+        self, epoch: int, *, model: Any, trial: Any, ignore_keys_for_eval: Any, start_time: float, **_: Any
+    ) -> None:
         self._maybe_log_save_evaluate(self._tr_loss, None, model, trial, epoch, ignore_keys_for_eval, start_time)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
@@ -174,7 +180,7 @@ class ManagedTrainer(Trainer):
         session = self.lastgood
         session.evaluating = rng.capture()
         try:
-            return super()._evaluate(*args, **kwargs)  # type: ignore[no-any-return]
+            return super()._evaluate(*args, **kwargs)
         finally:
             session.evaluating = None
 
