@@ -21,7 +21,7 @@ import torch
 from lastgood.errors import Incompatible, IncompleteRestore
 from lastgood.state.conversions import converted
 from lastgood.state.fingerprint import Fingerprints, live_tensors
-from lastgood.state.optimizer import some
+from lastgood.state.optimizer import clean, some
 from lastgood.state.tensors import digest, same_bits, signature
 
 WRITERS = (
@@ -115,12 +115,15 @@ class Coverage:
         live = live_tensors(model)
         digests = self.prints.of(model)
         held = _digests_of(files, live, digests)
+        # What is neither trained nor changed comes with the model: the frozen base under an adapter, which
+        # no adapter checkpoint stores, and buffers that are computed when the model is built.
+        own = set() if hasattr(model, "peft_config") else {clean(name) for name in model.state_dict()}
         lost = [
             name
             for name, tensor in live.items()
             if digests[name] not in held
             and name not in self.proven
-            and (tensor.requires_grad or self.initial.get(name) != digests[name])
+            and (tensor.requires_grad or name in own or self.initial.get(name) != digests[name])
         ]
         if lost:
             saved = {name: tensor for file in files for name, tensor in file.tensors.items()}

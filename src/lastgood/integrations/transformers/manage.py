@@ -30,7 +30,7 @@ def manage(trainer: T, keep: Keep | None = None, on_error: str = "warn", **optio
     if not isinstance(trainer, Trainer):
         raise wrong_type("trainer", trainer, "a transformers Trainer, or an instance of a subclass such as SFTTrainer")
     try:
-        chosen = Options(keep=keep, on_error=on_error, **options)
+        chosen = Options(keep=keep, on_error=on_error, **options)  # type: ignore[arg-type]
     except TypeError as error:
         known = ", ".join(Options.__dataclass_fields__)
         raise UsageError(f"manage(): {error}", hint=f"the options are {known}") from error
