@@ -33,10 +33,11 @@ RESERVE = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The checkpoint to use, and the ones passed over on the way, each with its reason."""
+    """The checkpoint to use; those passed over on the way, each with its reason; which of these are damaged."""
 
     record: Record
     skipped: tuple[tuple[str, str], ...] = ()
+    damaged: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -64,6 +65,7 @@ class Manager:
             self._lock = RunLock(self.root)
             self._lock.acquire(takeover=takeover)
             gc.sweep(self.root)
+            self._recover_identity()
         except OSError as error:
             if isinstance(error, LastgoodError):
                 raise
@@ -71,6 +73,15 @@ class Manager:
                 f"{self.root} can't be used for checkpoints: {error.strerror or error}",
                 hint="choose an output_dir that exists on a writable disk and belongs to you",
             ) from error
+
+    def _recover_identity(self) -> None:
+        """A lost run.json must not make the run's own checkpoints foreign: their manifests name the run too."""
+        if read_run(self.root) is not None:
+            return
+        runs = {record.manifest.run for record in self.records() if record.manifest is not None}
+        if len(runs) == 1:
+            start_run(self.root, runs.pop())
+            warn(f"{self.root} had no readable run.json; the run was recognised by its checkpoints")
 
     def begin_fresh(self) -> None:
         """A new run: checkpoints that are already in the directory become foreign and are never touched."""
@@ -222,6 +233,7 @@ class Manager:
         """
         everything = self.records()
         skipped = [(r.name, r.problem or r.state) for r in everything if r.state in ("incomplete", "foreign")]
+        damaged = [r.name for r in everything if r.state == "incomplete"]
         candidates = self._candidates(everything, what)
         for record in candidates:
             if full and record.state != "full":
@@ -229,8 +241,9 @@ class Manager:
                 continue
             faults = verify.problems(self.root, record, full=self.verify == "full")
             if not faults:
-                return Found(record, tuple(skipped))
+                return Found(record, tuple(skipped), tuple(damaged))
             skipped.append((record.name, "; ".join(faults[:3])))
+            damaged.append(record.name)
             if isinstance(what, int):
                 break
         listing = "".join(f"\n  {name}: {reason}" for name, reason in skipped)

@@ -85,8 +85,7 @@ def _auto(manager: Manager) -> Target | Fresh:
 
 def _own(manager: Manager, what: Any, *, full: bool = True) -> Target:
     found = manager.find(what, full=full)
-    damaged = tuple(name for name, reason in found.skipped if reason != "holds the weights alone")
-    manager.quarantine(damaged)
+    manager.quarantine(found.damaged)
     return Target(path=manager.root / found.record.name, record=found.record, own=True, skipped=found.skipped)
 
 
