@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -27,6 +28,7 @@ def start(function: Callable[..., Any], *args: Any, log: Path, **kwargs: Any) ->
         sys.stdout = os.fdopen(1, "w", closefd=False)
         sys.stderr = os.fdopen(2, "w", closefd=False)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        logging.getLogger().handlers.clear()  # those of the test runner
         function(*args, **kwargs)
         status = 0
     except SystemExit as leave:

@@ -11,6 +11,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import lastgood
+
 from zoo import ZOO, Model
 
 ROWS = 8

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-import forked
 import lastgood
 from lastgood.errors import CorruptCheckpoint
+
+import forked
 from training import Case, train
 
 CASES = {"full": Case("full", args={"max_steps": 6}), "lora": Case("lora", lora=True, args={"max_steps": 6})}

@@ -12,6 +12,7 @@ import torch
 from transformers import EarlyStoppingCallback, Trainer
 
 import lastgood
+
 from training import Bytes, Case, KillAt, Pad, arguments, outcome, tiny_gpt2
 
 BEST = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}

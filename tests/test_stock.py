@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-import forked
 import lastgood
+
+import forked
 from training import Case, outcome
 
 CASES = [Case("full"), Case("lora", lora=True), Case("bf16 weights", model={"dtype": "bfloat16"})]

@@ -238,7 +238,7 @@ def _why_not(record: Record, mine: Sequence[Record], ranked: Sequence[Record], k
         else:
             rank = [other.name for other in ranked].index(record.name) + 1
             text += f", {keep.monitor} {value:.6g} is {_ordinal(rank)} of {len(ranked)}"
-    return f"no rule keeps it: {text} ({keep.describe()})"
+    return f"no rule keeps it: {text}"
 
 
 def _ordinal(number: int) -> str:

@@ -23,13 +23,13 @@ class _Stderr(logging.StreamHandler[TextIO]):
 
 
 def _prepare() -> None:
-    if _logger.handlers or logging.getLogger().handlers:
-        return
-    handler = _Stderr()
-    handler.setFormatter(logging.Formatter("lastgood: %(message)s"))
-    _logger.addHandler(handler)
-    level = os.environ.get("LASTGOOD_LOG", "INFO").upper()
-    _logger.setLevel(level if level in ("DEBUG", "INFO", "WARNING", "ERROR") else "INFO")
+    if _logger.level == logging.NOTSET:
+        level = os.environ.get("LASTGOOD_LOG", "INFO").upper()
+        _logger.setLevel(level if level in ("DEBUG", "INFO", "WARNING", "ERROR") else "INFO")
+    if not _logger.handlers and not logging.getLogger().handlers:
+        handler = _Stderr()
+        handler.setFormatter(logging.Formatter("lastgood: %(message)s"))
+        _logger.addHandler(handler)
 
 
 def say(message: str) -> None:

@@ -38,11 +38,11 @@ class Fingerprints:
         digests = {}
         for name, tensor in live_tensors(model).items():
             if not isinstance(tensor, torch.nn.Parameter) or tensor.requires_grad or tensor.is_inference():
-                digests[name] = digest(tensor)
+                digests[name] = digest(tensor, name)
                 continue
             key = (tensor.data_ptr(), tensor._version, tensor.dtype, tuple(tensor.shape))
             known = self._frozen.get(name)
             if known is None or known[0] != key:
-                known = self._frozen[name] = (key, digest(tensor))
+                known = self._frozen[name] = (key, digest(tensor, name))
             digests[name] = known[1]
         return digests

@@ -66,9 +66,9 @@ def from_bytes(entry: Tensor) -> torch.Tensor:
     return torch.frombuffer(entry.data, dtype=torch.uint8).view(dtype).reshape(entry.shape)
 
 
-def digest(tensor: torch.Tensor) -> str:
+def digest(tensor: torch.Tensor, name: str = "") -> str:
     """`dtype[shape]:hash` of the values: two tensors with the same digest hold the same bits."""
-    entry = to_bytes("", tensor)
+    entry = to_bytes(name, tensor)
     hasher = blake3(entry.data, max_threads=blake3.AUTO) if len(entry.data) > 1 << 20 else blake3(entry.data)
     return f"{signature(tensor)}:{hasher.hexdigest(length=16)}"
 

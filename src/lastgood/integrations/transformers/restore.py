@@ -107,6 +107,16 @@ class Source:
                 setattr(callback, name, value)
             self.restored.append(("callback", type(callback).__name__))
 
+    def describe_rest(self, epoch: float) -> None:
+        """Protocol of what the first epoch puts back: the generators and the place in the data."""
+        if self._has("rng"):
+            devices = sum(len(states) for states in self.resume["rng"]["devices"].values())
+            self.restored.append(("rng", "python, numpy, torch" + (f", {devices} devices" if devices else "")))
+        position = self.position()
+        if position is not None:
+            where = f"batch {position.consumed} of the epoch" if position.consumed else "beginning of an epoch"
+            self.restored.append(("data", f"epoch {epoch:.4g}, {where}"))
+
     def position(self) -> Position | None:
         value = self.resume.get("data")
         return None if value is None else Position.decode(value)

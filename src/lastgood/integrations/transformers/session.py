@@ -158,6 +158,8 @@ class Session:
     def _report(self) -> None:
         target, source = self.target, self.source
         assert target is not None
+        if source is not None and not self.finished:
+            source.describe_rest(self.trainer.state.epoch)
         changed = list(self.changed)
         notes = list(target.notes)
         manifest = None if target.record is None else target.record.manifest
