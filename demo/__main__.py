@@ -57,7 +57,7 @@ def main() -> int:
     kept = [record.step for record in run.checkpoints]
     deleted = [event["step"] for event in run.history if event["event"] == "deleted"]
     picture = args.place / f"{kind}.png"
-    show.plot(picture, second, kept, deleted, killed, resumed)
+    show.plot(picture, second, kept=kept, deleted=deleted, killed=killed, resumed=resumed)
     console.print(f"loss curve: {picture}")
     console.rule("killed and resumed against never interrupted")
     equal = show.proof(console, first, second)
@@ -66,7 +66,7 @@ def main() -> int:
 
 
 def train(args: argparse.Namespace, base: Path, out: Path, title: str, kill_from: int | None = None) -> int:
-    """Run the training script to its end, or kill it during the first save from step `kill_from` on; returns that step."""
+    """Run the training script to its end, or kill it during the first save from `kill_from` on; returns that step."""
     command = [sys.executable, "-m", "demo.train", "--place", str(args.place), "--model", str(args.model or base)]
     command += [
         "--out",

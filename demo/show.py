@@ -52,7 +52,7 @@ def checkpoints(out: Path, limit: int) -> Table:
     return table
 
 
-def plot(path: Path, result: dict[str, Any], kept: list[int], deleted: list[int], killed: int, resumed: int) -> None:
+def plot(path: Path, result: dict[str, Any], *, kept: list[int], deleted: list[int], killed: int, resumed: int) -> None:
     """Loss over steps as PNG, with the checkpoints on the evaluation curve, the kill and the resume."""
     import matplotlib as mpl
 

@@ -158,7 +158,7 @@ def test_I1_all_damaged_is_an_error_and_not_a_fresh_start(
     for step in (2, 4, 6):
         flip(tmp_path / "run" / f"checkpoint-{step}" / "resume.json")
     trainer = lastgood.manage(case.trainer(tmp_path / "run"))
-    with pytest.raises(lastgood.NoCheckpoint, match="checkpoint-2.*hash differs"):
+    with pytest.raises(lastgood.NoCheckpoint, match=r"checkpoint-2.*hash differs"):
         trainer.train(resume_from_checkpoint="auto")
 
 

@@ -38,7 +38,7 @@ def manage(trainer: T, keep: Keep | None = None, on_error: str = "warn", **optio
     examine(trainer, chosen)
     if not isinstance(trainer, ManagedTrainer):
         trainer.__class__ = managed_class(type(trainer))
-    trainer._lastgood = Session(trainer, chosen)  # type: ignore[attr-defined]
+    trainer._lastgood = Session(trainer, chosen)
     return trainer
 
 

@@ -1,0 +1,194 @@
+"""Retention: properties over any history, and the reasons that people read."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lastgood.errors import UsageError
+from lastgood.model import Manifest, Record
+from lastgood.policy import Keep, best, decide, known_mode, latest, metric_of, ranking
+
+
+def record(
+    seq: int, state: Any = "full", loss: float | None = None, current: bool = True, pinned: tuple[str, ...] = ()
+) -> Record:
+    manifest = Manifest(
+        format=1, id=f"{seq:016x}", run="r" * 16, step=seq * 10, seq=seq, lineage=((1, seq),),
+        parts={"model": ("m",)} | ({"progress": ("r",)} if state == "full" else {}),
+    )  # fmt: skip
+    return Record(
+        name=f"checkpoint-{seq * 10}",
+        step=seq * 10,
+        state=state,
+        manifest=manifest,
+        metrics={} if loss is None else {"eval_loss": loss},
+        current=current,
+        pinned=pinned,
+    )
+
+
+@st.composite
+def histories(draw: Any) -> list[Record]:
+    count = draw(st.integers(0, 12))
+    metric = st.none() | st.sampled_from([math.nan, math.inf, -math.inf, 1.0, 2.0]) | st.floats(0, 10)
+    records = [
+        record(
+            seq,
+            state=draw(st.sampled_from(["full"] * 5 + ["weights", "incomplete", "stock", "foreign"])),
+            loss=draw(metric),
+            current=draw(st.sampled_from([True, True, True, False])),
+            pinned=draw(st.sampled_from([(), (), (), ("release",)])),
+        )
+        for seq in range(1, count + 1)
+    ]
+    return draw(st.permutations(records))
+
+
+@st.composite
+def keeps(draw: Any) -> Keep:
+    monitor = draw(st.sampled_from([None, "eval_loss", "loss"]))
+    number = st.none() | st.integers(1, 5)
+    if draw(st.booleans()):
+        return Keep(total=draw(number), full=draw(number), monitor=monitor)
+    return Keep(
+        last=draw(number),
+        best=None if monitor is None else draw(number),
+        every=draw(st.none() | st.sampled_from([20, 30])),
+        full=draw(number),
+        monitor=monitor,
+    )
+
+
+@given(histories(), keeps())
+def test_I10_the_last_the_best_and_the_pinned_always_stay(records: list[Record], keep: Keep) -> None:
+    actions = {decision.record.name: decision.action for decision in decide(records, keep)}
+    newest = latest(records)
+    if newest is not None:
+        assert actions[newest.name] == "keep"
+    winner = best(records, keep.monitor, keep.mode) if keep.monitor and keep.mode else None
+    if winner is not None:
+        assert actions[winner.name] in ("keep", "strip")
+    assert all(actions[r.name] == "keep" for r in records if r.pinned)
+
+
+@given(histories(), keeps())
+def test_I11_only_our_own_on_the_current_branch_ever_go(records: list[Record], keep: Keep) -> None:
+    for decision in decide(records, keep):
+        if decision.action != "keep":
+            assert decision.record.ours and decision.record.current
+        assert decision.reasons and all(reason.strip() for reason in decision.reasons)
+
+
+@given(histories(), keeps(), st.randoms())
+def test_decisions_depend_neither_on_order_nor_on_names(records: list[Record], keep: Keep, random: Any) -> None:
+    shuffled = list(records)
+    random.shuffle(shuffled)
+    first = {d.record.name: (d.action, d.reasons) for d in decide(records, keep)}
+    assert {d.record.name: (d.action, d.reasons) for d in decide(shuffled, keep)} == first
+
+
+@given(histories(), keeps())
+def test_deciding_again_on_what_is_left_changes_nothing(records: list[Record], keep: Keep) -> None:
+    left = []
+    for decision in decide(records, keep):
+        if decision.action == "keep":
+            left.append(decision.record)
+        elif decision.action == "strip":
+            r = decision.record
+            left.append(record(r.seq, "weights", r.metrics.get("eval_loss"), r.current, r.pinned))
+    assert all(decision.action == "keep" for decision in decide(left, keep))
+
+
+@given(histories(), st.integers(1, 5), st.sampled_from([None, "eval_loss"]))
+def test_a_total_is_a_total(records: list[Record], total: int, monitor: str | None) -> None:
+    kept = [
+        d.record
+        for d in decide(records, Keep(total=total, monitor=monitor))
+        if d.action == "keep" and d.record.ours and d.record.current and not d.record.pinned
+    ]
+    # One more each for the best and for the newest full one, where they aren't among the `total` already.
+    assert len(kept) <= total + 2
+    full = all(r.state == "full" for r in records) and all(r.current and not r.pinned for r in records)
+    if full and records:
+        always = {r.name for r in [latest(records), *_best(records, monitor)] if r is not None}
+        assert len(kept) == min(len(records), max(total, len(always)))
+
+
+def _best(records: list[Record], monitor: str | None) -> list[Record]:
+    winner = None if monitor is None else best(records, monitor, "min")
+    return [] if winner is None else [winner]
+
+
+@given(histories(), keeps(), st.integers(1, 12))
+def test_I10_what_is_in_use_stays_as_it_is(records: list[Record], keep: Keep, seq: int) -> None:
+    held = {f"{seq:016x}": "resumed from here"}
+    for decision in decide(records, keep, protect=held):
+        if decision.record.id in held:
+            assert decision.action == "keep"
+            if decision.record.ours and decision.record.current:
+                assert "resumed from here" in decision.reasons
+
+
+def test_the_reasons_of_a_plain_case() -> None:
+    losses = {1: 1.7, 2: 1.5, 3: 1.6, 4: 1.9, 5: 2.2, 6: 2.5}
+    found = {
+        d.record.step: (d.action, d.reasons)
+        for d in decide(
+            [record(n, loss=v) for n, v in losses.items()], Keep(last=2, best=2, full=1, monitor="eval_loss")
+        )
+    }
+    assert found == {
+        10: ("delete", ("no rule keeps it: 6th newest of 6, eval_loss 1.7 is 3rd of 6",)),
+        20: (
+            "strip",
+            ("best: eval_loss = 1.5", "best 1/2 by eval_loss", "weights only: full state is kept for the newest 1"),
+        ),
+        30: ("strip", ("best 2/2 by eval_loss", "weights only: full state is kept for the newest 1")),
+        40: ("delete", ("no rule keeps it: 3rd newest of 6, eval_loss 1.9 is 4th of 6",)),
+        50: ("strip", ("last 2/2", "weights only: full state is kept for the newest 1")),
+        60: ("keep", ("latest: what a recovery resumes from", "last 1/2")),
+    }
+
+
+def test_equal_metrics_prefer_the_newer_and_nan_ranks_nowhere() -> None:
+    records = [record(1, loss=1.0), record(2, loss=1.0), record(3, loss=math.nan), record(4)]
+    assert [r.seq for r in ranking(records, "loss", "min")] == [2, 1]
+    assert metric_of(records[2], "eval_loss") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("loss", "min"), ("eval_loss", "min"), ("eval_de_loss", "min"), ("eval_loss_de", "min"), ("perplexity", "min"),
+        ("wer", "min"), ("eval_rmse", "min"), ("accuracy", "max"), ("eval_f1", "max"), ("rewards/mean_reward", "max"),
+        ("eval_bits_per_byte", "min"), ("exact_match", "max"), ("pass@1", "max"), ("mystery", None),
+        ("loss_accuracy", None), ("lossless", None), ("", None),
+    ],
+)  # fmt: skip
+def test_the_mode_of_a_metric_is_known_or_asked_for(name: str, mode: str | None) -> None:
+    assert known_mode(name) == mode
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"last": 0}, {"last": True}, {"last": "2"}, {"best": 2}, {"every": -1}, {"full": 0.5}, {"total": 2, "last": 1},
+        {"monitor": "mystery"}, {"monitor": ""}, {"monitor": "loss", "mode": "down"}, {"total": 3, "best": 1, "monitor": "loss"},
+    ],
+)  # fmt: skip
+def test_a_wrong_policy_is_refused_by_name(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        Keep(**options)
+
+
+def test_policies_read_as_english() -> None:
+    assert Keep().describe() == "keep everything"
+    assert Keep(last=2, best=3, monitor="loss", full=1).describe() == (
+        "keep the last 2, the best 3 by loss, full state for the newest 1"
+    )
+    assert Keep.from_limit(0, None, None).unlimited and Keep.from_limit(None, None, None).unlimited
