@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from lastgood.errors import Conflict
@@ -51,12 +52,24 @@ def commit(
         for directory in staging.directories():
             local.sync_dir(directory)
         name = _make_room(root, manifest)
-        local.rename(staging.directory, root / name)
+        _publish(staging.directory, root / name)
     if local.read(root / name / codec.NAME, codec.LIMIT) != content:
         raise Conflict(
             f"{root / name} was written by somebody else at the same moment", hint="run one writer at a time"
         )
     return Record(name=name, step=step, state="full" if manifest.full else "weights", manifest=manifest)
+
+
+def _publish(source: Path, target: Path) -> None:
+    try:
+        local.rename(source, target)
+    except OSError:
+        # The rename may have happened and its fsync failed. A save that reports a failure must not
+        # leave a checkpoint behind that might vanish with the next power cut.
+        if target.exists() and not source.exists():
+            with suppress(OSError):
+                local.rename(target, source)
+        raise
 
 
 def _make_room(root: Path, manifest: Manifest) -> str:
