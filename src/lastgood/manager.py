@@ -50,6 +50,7 @@ class Manager:
     verify: Literal["full", "quick"] = "full"
     run: str = ""
     lineage: tuple[Span, ...] = ()
+    next: int = 1  # number of the next save
     parent: str | None = None
     resumed: str | None = None
     failures: int = 0
@@ -87,7 +88,7 @@ class Manager:
         """A new run: checkpoints that are already in the directory become foreign and are never touched."""
         others = [record.name for record in self.records() if record.state != "incomplete"]
         self.run = start_run(self.root)
-        self.lineage, self.parent, self.resumed, self.saved = (), None, None, {}
+        self.lineage, self.next, self.parent, self.resumed, self.saved = (), 1, None, None, {}
         journal.append(self.root, "started", run=self.run, others=others)
 
     def begin_from(self, record: Record) -> None:
@@ -98,12 +99,12 @@ class Manager:
         everything = self.records()
         self.run = manifest.run
         self.lineage, self.parent, self.resumed, self.saved = manifest.lineage, manifest.id, manifest.id, {}
+        self.next = next_seq(everything, read_head(self.root, self.run))
         left = [r for r in everything if r.ours and r.current and r.seq > record.seq]
         if left or not record.current:
             # Written down before training goes on: otherwise a crash before the first save of the
             # new branch would hand the abandoned one to the next resume.
-            number = next_seq(everything, read_head(self.root, self.run))
-            write_head(self.root, Head(run=self.run, lineage=manifest.lineage, next=number))
+            write_head(self.root, Head(run=self.run, lineage=manifest.lineage, next=self.next))
         journal.append(self.root, "resumed", step=record.step, id=record.id, left=[r.name for r in left])
 
     def close(self, event: str = "closed") -> None:
@@ -141,8 +142,7 @@ class Manager:
             staging = open_staging(self.root)
             write(staging)
             self._still_ours()
-            everything = self.records()
-            seq = next_seq(everything, read_head(self.root, self.run))
+            seq, self.next = self.next, self.next + 1
             record = commit(
                 self.root,
                 staging,

@@ -6,6 +6,7 @@ no spaces), so a flipped bit in the manifest itself is found like one in any oth
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from typing import Any
@@ -36,8 +37,12 @@ def encode(manifest: Manifest) -> bytes:
     return f"{text}\n".encode()
 
 
+@functools.lru_cache(maxsize=256)
 def decode(data: bytes, where: str) -> Manifest:
-    """Raises CorruptCheckpoint, naming `where` and the reason, for anything that `encode` did not write."""
+    """Raises CorruptCheckpoint, naming `where` and the reason, for anything that `encode` did not write.
+
+    Remembered by content: a run that prunes after each save reads the same manifests again and again.
+    """
     try:
         fields = json.loads(data, object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:

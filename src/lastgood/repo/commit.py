@@ -47,6 +47,7 @@ def commit(
         facts=dict(facts),
     )
     content = codec.encode(manifest)
+    staging.sync()
     with explained(staging.directory):
         local.write(staging.directory / codec.NAME, [content])
         for directory in staging.directories():

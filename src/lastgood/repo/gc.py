@@ -70,7 +70,7 @@ def _delete(root: Path, item: Item) -> None:
     local.make_dirs(trash)
     grave = trash / new_id()
     # The rename makes it vanish as a whole: half a checkpoint is never seen under its name.
-    local.rename(root / item.record.name, grave)
+    local.vanish(root / item.record.name, grave)
     journal.append(root, "deleted", step=item.record.step, id=item.record.id, bytes=item.bytes, reasons=item.reasons)
     local.remove_tree(grave)
 

@@ -46,18 +46,23 @@ class Staging:
     ) -> None:
         """Write a safetensors file. Raises SaveFailed or NotEnoughSpace."""
         _, chunks = safetensors.encode(tensors, metadata)
-        self._write(name, part, lambda path: local.write(path, chunks))
+        self._write(name, part, lambda path: local.write(path, chunks, sync=False))
 
     def data(self, name: str, part: str, content: bytes) -> None:
         """Write a file with this content. Raises SaveFailed or NotEnoughSpace."""
-        self._write(name, part, lambda path: local.write(path, [content]))
+        self._write(name, part, lambda path: local.write(path, [content], sync=False))
 
     def adopt(self, part: str) -> None:
-        """Take in what libraries wrote into the directory: hashed and made durable, links and devices refused."""
+        """Take in what libraries wrote into the directory; links and devices are refused."""
         for name, path in _files(self.directory, ""):
             if name not in self.files:
                 with explained(path):
-                    self._add(name, part, local.sync_file(path))
+                    self._add(name, part, local.adopt(path))
+
+    def sync(self) -> None:
+        """Make everything in it durable; only then may the manifest be written."""
+        with explained(self.directory):
+            local.sync_files([self.directory / name for name in self.files])
 
     def discard(self) -> None:
         """Remove it; what can't be removed now goes with the next sweep."""
@@ -74,7 +79,7 @@ class Staging:
     def _write(self, name: str, part: str, write: Callable[[Path], FileEntry]) -> None:
         path = self.directory / name
         with explained(path):
-            local.make_dirs(path.parent)
+            path.parent.mkdir(parents=True, exist_ok=True)
             entry = write(path)
         self._add(name, part, entry)
 
@@ -89,7 +94,8 @@ def open_staging(root: Path) -> Staging:
     """A new, empty one. Raises SaveFailed or NotEnoughSpace."""
     staging = Staging(root, new_id())
     with explained(staging.directory):
-        local.make_dirs(staging.directory)
+        local.make_dirs(staging.directory.parent)
+        staging.directory.mkdir()
     return staging
 
 

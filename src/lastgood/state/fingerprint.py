@@ -7,6 +7,7 @@ tensor has the digest it had at the save.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -33,10 +34,10 @@ class Fingerprints:
     def __init__(self) -> None:
         self._frozen: dict[str, tuple[tuple[Any, ...], str]] = {}
 
-    def of(self, model: torch.nn.Module) -> dict[str, str]:
-        """name -> digest for all of `live_tensors(model)`."""
+    def of(self, live: Mapping[str, torch.Tensor]) -> dict[str, str]:
+        """name -> digest for all of `live`, as `live_tensors` gives them."""
         digests = {}
-        for name, tensor in live_tensors(model).items():
+        for name, tensor in live.items():
             if not isinstance(tensor, torch.nn.Parameter) or tensor.requires_grad or tensor.is_inference():
                 digests[name] = digest(tensor, name)
                 continue

@@ -27,9 +27,9 @@ def plain(optimizer: Any) -> torch.optim.Optimizer:
     return optimizer  # type: ignore[no-any-return]
 
 
-def parameter_names(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> list[list[str]]:
-    """Per param group, the name of each parameter in the model; `unnamed.<group>.<index>` for one outside it."""
-    names = {id(parameter): clean(name) for name, parameter in model.named_parameters(remove_duplicate=False)}
+def parameter_names(optimizer: torch.optim.Optimizer, live: Mapping[str, torch.Tensor]) -> list[list[str]]:
+    """Per param group, the name of each parameter among `live`; `unnamed.<group>.<index>` for any other."""
+    names = {id(parameter): name for name, parameter in live.items()}
     return [
         [names.get(id(parameter), f"unnamed.{g}.{i}") for i, parameter in enumerate(group["params"])]
         for g, group in enumerate(optimizer.param_groups)
@@ -41,10 +41,10 @@ def clean(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
-def capture(optimizer: Any, model: torch.nn.Module) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def capture(optimizer: Any, live: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """(JSON, tensors). The tensors are the live ones: write them before the next step."""
     inner = plain(optimizer)
-    names = parameter_names(inner, model)
+    names = parameter_names(inner, live)
     flat = [name for group in names for name in group]
     state = inner.state_dict()
     tensors: dict[str, torch.Tensor] = {}
@@ -68,11 +68,11 @@ def capture(optimizer: Any, model: torch.nn.Module) -> tuple[dict[str, Any], dic
 
 
 def restore(
-    optimizer: Any, model: torch.nn.Module, saved: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+    optimizer: Any, live: Mapping[str, torch.Tensor], saved: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
 ) -> None:
     """Load into `optimizer`. Raises Incompatible, before anything is changed, where the parameters differ."""
     inner = plain(optimizer)
-    names = parameter_names(inner, model)
+    names = parameter_names(inner, live)
     kind = f"{type(inner).__module__}.{type(inner).__qualname__}"
     if kind != saved["class"]:
         raise Incompatible(

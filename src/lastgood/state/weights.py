@@ -108,12 +108,13 @@ class Coverage:
     def begin(cls, model: torch.nn.Module) -> Coverage:
         """To be called before training or a restore changes the model."""
         prints = Fingerprints()
-        return cls(initial=prints.of(model), prints=prints)
+        return cls(initial=prints.of(live_tensors(model)), prints=prints)
 
-    def extras(self, model: torch.nn.Module, files: list[TensorFile]) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    def extras(
+        self, model: torch.nn.Module, live: Mapping[str, torch.Tensor], files: list[TensorFile]
+    ) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
         """(digests of all live tensors, the live tensors that `files` would not bring back)."""
-        live = live_tensors(model)
-        digests = self.prints.of(model)
+        digests = self.prints.of(live)
         held = _digests_of(files, live, digests)
         # What is neither trained nor changed comes with the model: the frozen base under an adapter, which
         # no adapter checkpoint stores, and buffers that are computed when the model is built.

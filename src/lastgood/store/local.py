@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import secrets
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from blake3 import blake3
@@ -27,8 +28,11 @@ _READ = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 Buffer = bytes | bytearray | memoryview
 
 
-def write(path: Path, chunks: Iterable[Buffer]) -> FileEntry:
-    """Create `path` with these bytes, durably except for its directory entry; on an error it doesn't exist."""
+def write(path: Path, chunks: Iterable[Buffer], *, sync: bool = True) -> FileEntry:
+    """Create `path` with these bytes; on an error it doesn't exist.
+
+    sync: durable when this returns, but for its directory entry; otherwise `sync_files` has to follow.
+    """
     hasher, total = blake3(), 0
     handle = os.open(path, _NEW, 0o666)
     try:
@@ -41,7 +45,8 @@ def write(path: Path, chunks: Iterable[Buffer]) -> FileEntry:
                     view = view[os.write(handle, view) :]
             if os.fstat(handle).st_size != total:
                 raise OSError(5, "the file has another length than was written", os.fspath(path))
-            os.fsync(handle)
+            if sync:
+                os.fsync(handle)
         finally:
             os.close(handle)
     except BaseException:
@@ -76,16 +81,24 @@ def append(path: Path, data: bytes, *, sync: bool) -> None:
         os.close(handle)
 
 
-def sync_file(path: Path) -> FileEntry:
-    """Make a file durable that a library wrote, with the mode that our own files have; its size and hash."""
-    entry = digest(path)
-    handle = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0))
-    try:
-        os.fchmod(handle, 0o666 & ~_umask())
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-    return entry
+def adopt(path: Path) -> FileEntry:
+    """Size and hash of a file that a library wrote, which gets the mode that our own files have."""
+    os.chmod(path, 0o666 & ~_umask())
+    return digest(path)
+
+
+def sync_files(paths: Sequence[Path]) -> None:
+    """Make the content of files durable. At the same time: a journaling file system then commits them together."""
+
+    def sync(path: Path) -> None:
+        handle = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0))
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        list(pool.map(sync, paths))
 
 
 def sync_dir(path: Path) -> None:
@@ -110,13 +123,16 @@ def make_dirs(path: Path) -> None:
 
 
 def rename(source: Path, target: Path) -> None:
-    """Move to a name that must be free, durably. Raises FileExistsError."""
+    """Move to a name that must be free; the new name is durable when this returns. Raises FileExistsError."""
     if os.path.lexists(target):
         raise FileExistsError(17, "already exists", os.fspath(target))
     os.rename(source, target)
     sync_dir(target.parent)
-    if source.parent != target.parent:
-        sync_dir(source.parent)
+
+
+def vanish(source: Path, grave: Path) -> None:
+    """Move what is to be deleted out of sight. After a power cut it may be back as a whole, which harms nobody."""
+    os.rename(source, grave)
 
 
 def names(path: Path) -> list[str]:

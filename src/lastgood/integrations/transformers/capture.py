@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.trainer_callback import ExportableState
 
 from lastgood.integrations.transformers import guard
@@ -36,11 +39,22 @@ class Moment:
     position: Position | None
 
 
-def write(trainer: Any, staging: Staging, coverage: Coverage, moment: Moment) -> None:
-    """Stage everything: weights through save_model, the rest by ourselves, no pickle anywhere."""
-    with taken_over(staging.path) as files:
+def write(
+    trainer: Any,
+    staging: Staging,
+    *,
+    live: Mapping[str, torch.Tensor],
+    coverage: Coverage,
+    moment: Moment,
+    card: dict[str, bytes],
+) -> None:
+    """Stage everything: weights through save_model, the rest by ourselves, no pickle anywhere.
+
+    live: the model's tensors as they are now. card: the run's memory of its model card, empty before the first save.
+    """
+    with taken_over(staging.path) as files, _same_card(trainer.model, card):
         trainer.save_model(staging.path, _internal_call=True)
-    digests, extras = coverage.extras(trainer.model, files)
+    digests, extras = coverage.extras(trainer.model, live, files)
     for file in files:
         staging.tensors(file.name, "model", named(file.tensors), file.metadata)
     if extras:
@@ -50,12 +64,35 @@ def write(trainer: Any, staging: Staging, coverage: Coverage, moment: Moment) ->
         staging.data(name, "model", guard.content(name))
     staging.data("trainer_state.json", "model", trainer_state(trainer))
     if not trainer.args.save_only_model:
-        _write_resume_state(trainer, staging, moment)
+        _write_resume_state(trainer, staging, live, moment)
     staging.adopt("model")
 
 
-def _write_resume_state(trainer: Any, staging: Staging, moment: Moment) -> None:
-    values, tensors = optimizer.capture(trainer.optimizer, trainer.model)
+@contextmanager
+def _same_card(model: Any, card: dict[str, bytes]) -> Iterator[None]:
+    """PEFT compiles a template for the README of every save, half the time of saving an adapter: once is enough."""
+    original = getattr(model, "create_or_update_model_card", None)
+    if original is None:
+        yield
+        return
+
+    def create_or_update_model_card(output_dir: str) -> None:
+        path = Path(output_dir) / "README.md"
+        if "README.md" not in card:
+            original(output_dir)
+            card["README.md"] = path.read_bytes()
+        else:
+            path.write_bytes(card["README.md"])
+
+    model.__dict__["create_or_update_model_card"] = create_or_update_model_card
+    try:
+        yield
+    finally:
+        del model.__dict__["create_or_update_model_card"]
+
+
+def _write_resume_state(trainer: Any, staging: Staging, live: Mapping[str, torch.Tensor], moment: Moment) -> None:
+    values, tensors = optimizer.capture(trainer.optimizer, live)
     scaler = getattr(trainer.accelerator, "scaler", None)
     resume = {
         "format": 1,
@@ -114,12 +151,10 @@ def _json(value: Any, indent: int | None = None) -> bytes:
     return (json.dumps(value, allow_nan=False, sort_keys=indent is not None, indent=indent) + "\n").encode()
 
 
-def estimate(trainer: Any, *, full: bool) -> int:
-    """Bytes that a save will need: weights that are saved plus optimizer state, from the live tensors."""
-    model = trainer.model
-    adapter = hasattr(model, "peft_config")
-    weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad or not adapter)
-    total = weights + sum(b.numel() * b.element_size() for b in model.buffers() if not adapter)
+def estimate(trainer: Any, live: Mapping[str, torch.Tensor], *, full: bool) -> int:
+    """Bytes that a save will need: weights that are saved plus optimizer state."""
+    adapter = hasattr(trainer.model, "peft_config")
+    total = sum(t.numel() * t.element_size() for t in live.values() if t.requires_grad or not adapter)
     if full and trainer.optimizer is not None:
         for entry in optimizer.plain(trainer.optimizer).state.values():
             values = entry.values() if isinstance(entry, Mapping) else ()

@@ -16,6 +16,7 @@ from lastgood.format import tensors as safetensors
 from lastgood.model import Record
 from lastgood.state import optimizer, tree, weights
 from lastgood.state.data import Position
+from lastgood.state.fingerprint import live_tensors
 from lastgood.state.tensors import from_bytes
 
 
@@ -77,7 +78,7 @@ class Source:
 
     def optimizer(self, trainer: Any) -> None:
         if self._has("optimizer"):
-            optimizer.restore(trainer.optimizer, trainer.model, self.resume["optimizer"], self.tensors)
+            optimizer.restore(trainer.optimizer, live_tensors(trainer.model), self.resume["optimizer"], self.tensors)
             kind = self.resume["optimizer"]["class"].rpartition(".")[2]
             self.restored.append(("optimizer", f"{kind}, {len(self.resume['optimizer']['state'])} parameters"))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from lastgood.repo import journal
 from lastgood.report import Change, Report
 from lastgood.state import rng, weights
 from lastgood.state.data import Tracker
+from lastgood.state.fingerprint import live_tensors
 from lastgood.state.rng import Rng
 from lastgood.state.weights import Coverage
 from lastgood.talk import say, warn
@@ -51,6 +52,9 @@ class Session:
     unsaved_metrics: dict[int, Mapping[str, Any]] = field(default_factory=dict)
     changed: list[Change] = field(default_factory=list)
     saved_step: int = -1
+    card: dict[str, bytes] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)  # what doesn't change while training
 
     # ---- begin and end -------------------------------------------------------------------
 
@@ -93,7 +97,7 @@ class Session:
         self.tracker = Tracker()
         self.finished, self.caught_up, self.evaluate, self.evaluating = False, True, False, None
         self.where, self.saved_step = "step", -1
-        self.unsaved_metrics, self.changed = {}, []
+        self.unsaved_metrics, self.changed, self.card = {}, [], {}
 
     @property
     def live(self) -> Manager:
@@ -123,6 +127,13 @@ class Session:
         """The Trainer's state is loaded: decide whose run this is, and where in it we are."""
         self.updates_per_epoch = updates_per_epoch
         target, state = self.target, self.trainer.state
+        self.arguments = settings.arguments(self.trainer.args)
+        self.about = {
+            "trainer": type(self.trainer).__mro__[1].__name__,
+            "world_size": self.trainer.args.world_size,
+            "data": settings.data_facts(self.trainer.train_dataset),
+            **settings.model_facts(self.trainer.model),
+        }
         if target is None:
             self.live.begin_fresh()
             return
@@ -187,7 +198,7 @@ class Session:
         """The checkpoint of the current step, then retention."""
         trainer, step = self.trainer, self.trainer.state.global_step
         assert self.coverage is not None
-        coverage = self.coverage
+        coverage, live = self.coverage, live_tensors(trainer.model)
         consumed = step % self.updates_per_epoch * trainer.args.gradient_accumulation_steps
         moment = capture.Moment(
             where=self.where,
@@ -198,10 +209,12 @@ class Session:
         )
         record = self.live.save(
             step,
-            lambda staging: capture.write(trainer, staging, coverage, moment),
-            estimate=capture.estimate(trainer, full=not trainer.args.save_only_model),
+            lambda staging: capture.write(
+                trainer, staging, live=live, coverage=coverage, moment=moment, card=self.card
+            ),
+            estimate=capture.estimate(trainer, live, full=not trainer.args.save_only_model),
             environment=settings.environment(),
-            arguments=settings.arguments(trainer.args),
+            arguments=self.arguments,
             facts=self.facts(),
         )
         if record is None:
@@ -209,21 +222,16 @@ class Session:
         self.saved_step = step
         if step in self.unsaved_metrics:  # save_strategy="best" evaluates first
             self.live.record(step, self.unsaved_metrics.pop(step))
-        self.live.retain()
-        self._set_best(self.live.records())
+        decisions = self.live.retain()
+        self._set_best([decision.record for decision in decisions if decision.action != "delete"])
         return record
 
     def facts(self) -> dict[str, Any]:
         """What a later resume compares itself with."""
-        trainer = self.trainer
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        return {
-            "trainer": type(trainer).__mro__[1].__name__,
-            "world_size": trainer.args.world_size,
-            "data": settings.data_facts(trainer.train_dataset),
-            **settings.model_facts(trainer.model),
-            **({"loss": finite(losses[-1])} if losses else {}),
-        }
+        for entry in reversed(self.trainer.state.log_history):
+            if "loss" in entry:
+                return {**self.about, "loss": finite(entry["loss"])}
+        return self.about
 
     def evaluated(self, metrics: Mapping[str, Any]) -> None:
         """Metrics of the current step arrived; they belong to the checkpoint of this step and to no other."""
@@ -248,13 +256,13 @@ class Session:
 
     # ---- best ----------------------------------------------------------------------------
 
-    def best(self, records: tuple[Record, ...]) -> Record | None:
+    def best(self, records: Sequence[Record]) -> Record | None:
         keep = self.live.keep
         if keep.monitor is None or keep.mode is None:
             return None
         return policy.best(records, keep.monitor, keep.mode)
 
-    def _set_best(self, records: tuple[Record, ...]) -> None:
+    def _set_best(self, records: Sequence[Record]) -> None:
         best = self.best(records)
         self.trainer.state.best_model_checkpoint = None if best is None else os.path.join(self.trainer_root, best.name)
 

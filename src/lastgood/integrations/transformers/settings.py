@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import math
@@ -35,6 +36,7 @@ NUMERICS = (
 )
 
 
+@functools.cache
 def environment() -> dict[str, str]:
     """Versions of what a bit-exact resume depends on."""
     found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
