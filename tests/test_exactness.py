@@ -80,6 +80,7 @@ CASES = [
     Case("random data in two workers", noise="torch python numpy", args={"dataloader_num_workers": 2}, kills=(3, 5)),
     Case("random collator", noisy_collator=True, kills=(3, 5)),
     Case("random collator in two workers", noisy_collator=True, args={"dataloader_num_workers": 2}),
+    Case("torch.compile", args={"torch_compile": True, "torch_compile_backend": "eager"}),
     Case("logging every third step", args={"logging_steps": 3}),
     Case("gradient checkpointing", args={"activation_checkpointing": True}),
     Case("replayed data", args={}, options={"data_skip": "replay"}),
