@@ -142,6 +142,13 @@ def test_the_worst_would_be_kept_is_an_error(tmp_path: Path) -> None:
     assert caught.value.code == "CKB005"
 
 
+def test_a_metric_that_evaluation_does_not_yield_is_an_error(tmp_path: Path) -> None:
+    args = {"metric_for_best_model": "eval_los", "greater_is_better": False, "eval_strategy": "steps", "eval_steps": 2}
+    with pytest.raises(lastgood.UsageError, match="metric_for_best_model='eval_loss'") as caught:
+        lastgood.manage(Case("x", args=args, evaluate=True).trainer(tmp_path))
+    assert caught.value.code == "CKB004"
+
+
 @pytest.mark.parametrize(
     ("args", "code"),
     [

@@ -102,7 +102,7 @@ def _dead(holder: dict[str, Any]) -> bool:
     if holder.get("boot") != _boot():
         return True
     pid = holder.get("pid")
-    if not isinstance(pid, int):
+    if not isinstance(pid, int) or os.name == "nt":  # asking with signal 0 would interrupt it there
         return False
     try:
         os.kill(pid, 0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,9 +22,11 @@ from lastgood.model import FileEntry
 BLOCK = 4 << 20
 """Bytes read at a time when a file is hashed (4 MiB)."""
 
-_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+# Each of these exists on some systems only; O_BINARY keeps Windows from translating line ends.
+_SAFE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _SAFE
 # O_NONBLOCK: a FIFO in the place of a file must not hang the reader.
-_READ = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
+_READ = os.O_RDONLY | _SAFE | getattr(os, "O_NONBLOCK", 0)
 
 Buffer = bytes | bytearray | memoryview
 
@@ -69,8 +72,7 @@ def replace(path: Path, data: bytes) -> None:
 
 def append(path: Path, data: bytes, *, sync: bool) -> None:
     """Add to the end in one write."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
-    handle = os.open(path, flags, 0o666)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _SAFE, 0o666)
     try:
         written = os.write(handle, data)
         if written != len(data):
@@ -91,7 +93,7 @@ def sync_files(paths: Sequence[Path]) -> None:
     """Make the content of files durable. At the same time: a journaling file system then commits them together."""
 
     def sync(path: Path) -> None:
-        handle = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0))
+        handle = os.open(path, os.O_RDWR | _SAFE)
         try:
             os.fsync(handle)
         finally:
@@ -102,7 +104,9 @@ def sync_files(paths: Sequence[Path]) -> None:
 
 
 def sync_dir(path: Path) -> None:
-    """Make the names in a directory durable."""
+    """Make the names in a directory durable. Windows has no such call: there it rests on the file system."""
+    if os.name == "nt":
+        return
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC", 0))
     try:
         os.fsync(handle)
@@ -197,6 +201,8 @@ def remove_tree(path: Path) -> None:
 
 def free(path: Path) -> tuple[int, int]:
     """(bytes, inodes) that we may still use; inodes is -1 where the file system doesn't count them."""
+    if not hasattr(os, "statvfs"):
+        return shutil.disk_usage(path).free, -1
     status = os.statvfs(path)
     return status.f_bavail * status.f_frsize, status.f_favail if status.f_files else -1
 

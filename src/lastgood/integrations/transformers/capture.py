@@ -127,14 +127,12 @@ def callback_states(trainer: Any) -> list[dict[str, Any]]:
 
 def trainer_state(trainer: Any) -> bytes:
     """trainer_state.json as the stock Trainer writes it, so that notebooks and plots keep working."""
+    states: dict[str, list[Any]] = {}
     for callback in [*trainer.callback_handler.callbacks, trainer.control]:
         if isinstance(callback, ExportableState):
-            name = type(callback).__name__
-            known = trainer.state.stateful_callbacks.get(name)
-            if isinstance(known, list):
-                known.append(callback.state())
-            else:
-                trainer.state.stateful_callbacks[name] = callback.state()
+            states.setdefault(type(callback).__name__, []).append(callback.state())
+    # One state as itself, several of the same class as a list: what the stock Trainer reads back.
+    trainer.state.stateful_callbacks.update({name: found if found[1:] else found[0] for name, found in states.items()})
     return _json(_valid(asdict(trainer.state)), indent=2)
 
 

@@ -99,7 +99,7 @@ def examine(trainer: Trainer, options: Options) -> tuple[Finding, ...]:
             foreign=tuple(r.name for r in records(Path(args.output_dir)) if r.state == "foreign")
             if args.output_dir
             else (),
-            eval_metric_names=None,
+            eval_metric_names=_eval_metric_names(trainer),
         )
     )
     for finding in found:
@@ -109,6 +109,18 @@ def examine(trainer: Trainer, options: Options) -> tuple[Finding, ...]:
         if finding.severity == "warning":
             warn(f"{text}\n  fix: {finding.fix}")
     return found
+
+
+def _eval_metric_names(trainer: Trainer) -> tuple[str, ...] | None:
+    """What an evaluation of a plain Trainer yields; None where a subclass or compute_metrics may add to it."""
+    data = trainer.eval_dataset
+    plain = all(
+        getattr(type(trainer), name) is getattr(Trainer, name) for name in ("evaluate", "evaluation_loop", "log")
+    )
+    if data is None or trainer.compute_metrics is not None or not plain or trainer.args.eval_strategy == "no":
+        return None
+    prefixes = [f"eval_{name}_" for name in data] if isinstance(data, dict) else ["eval_"]
+    return tuple(f"{prefix}{name}" for prefix in prefixes for name in ("loss", "runtime", "samples_per_second"))
 
 
 def _steps_per_epoch(trainer: Trainer) -> int | None:

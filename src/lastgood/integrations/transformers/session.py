@@ -252,6 +252,7 @@ class Session:
     def preempted(self) -> None:
         """Leave the process with exit status 75 instead of returning as if training were done."""
         self.trainer.is_in_train = False
+        say(f"stopped by SIGTERM at step {self.trainer.state.global_step}; the same command continues")
         raise Preempted(f"stopped by SIGTERM at step {self.trainer.state.global_step}; relaunch to continue")
 
     # ---- best ----------------------------------------------------------------------------

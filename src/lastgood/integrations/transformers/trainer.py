@@ -155,7 +155,9 @@ class ManagedTrainer(Trainer):
         if progress["evaluate"]:
             self.control.should_evaluate = True
             self._after_step(epoch, **rest)
-        ended = self.state.global_step % session.updates_per_epoch == 0 or session.finished
+        # The loop leaves an epoch at its end, and when training is to stop (patience that ran out just now).
+        stops = session.finished or self.control.should_training_stop
+        ended = stops or self.state.global_step % session.updates_per_epoch == 0
         if progress["where"] == "step" and ended:
             self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
             self._after_step(epoch, **rest)

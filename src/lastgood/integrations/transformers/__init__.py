@@ -1,0 +1,1 @@
+"""transformers' Trainer and everything that inherits from it."""
