@@ -15,6 +15,7 @@ import msgspec
 from blake3 import blake3
 
 from lastgood.errors import CorruptCheckpoint
+from lastgood.format import strict
 from lastgood.model import FORMAT, Manifest
 
 NAME = "lastgood.json"
@@ -44,8 +45,8 @@ def decode(data: bytes, where: str) -> Manifest:
     Remembered by content: a run that prunes after each save reads the same manifests again and again.
     """
     try:
-        fields = json.loads(data, object_pairs_hook=_unique, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+        fields = strict.loads(data)
+    except ValueError as error:
         raise CorruptCheckpoint(f"{where} isn't valid: {error}") from error
     if not isinstance(fields, dict):
         raise CorruptCheckpoint(f"{where} isn't valid: not a JSON object")
@@ -87,14 +88,3 @@ def safe_name(name: str) -> bool:
 def _digest(fields: dict[str, Any]) -> str:
     canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return blake3(canonical.encode()).hexdigest()
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key comes twice")
-    return result
-
-
-def _no_constant(word: str) -> Any:
-    raise ValueError(f"{word} is not JSON")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lastgood.errors import CorruptCheckpoint, UsageError
+from lastgood.format import strict
 
 HEADER_LIMIT = 100 << 20
 """Largest header that is read (100 MB, as the library)."""
@@ -96,12 +97,12 @@ def read_header(path: Path) -> Header:
 
 def _parse(path: Path, text: bytes, start: int, length: int) -> Header:
     try:
-        raw = json.loads(text, object_pairs_hook=_unique)
+        raw = strict.loads(text)
         metadata = raw.pop("__metadata__", {})
         slots = {name: _slot(name, value, start) for name, value in raw.items()}
         if not all(isinstance(k, str) and isinstance(v, str) for k, v in metadata.items()):
             raise ValueError("metadata that isn't text")
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CorruptCheckpoint(f"{path}: bad safetensors header: {error}") from error
     at = start
     ordered = dict(sorted(slots.items(), key=lambda item: (item[1].begin, item[1].end)))
@@ -145,14 +146,6 @@ def load(path: Path) -> dict[str, Tensor]:
     return {
         name: Tensor(name, slot.dtype, slot.shape, view[slot.begin : slot.end]) for name, slot in header.slots.items()
     }
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    # JSON lets a key come twice and readers differ in which one wins.
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name comes twice")
-    return result
 
 
 def _width(tensor: Tensor) -> int:

@@ -284,7 +284,7 @@ class Session:
             warn(f"load_best_model_at_end: {error}\n  the last weights stay")
             return
         for name, reason in found.skipped:
-            if reason != "foreign":
+            if name in found.damaged:
                 warn(f"load_best_model_at_end passed over {name}: {reason}")
         record = found.record
         Source(self.live.root / record.name, record, self.options.allow_missing).weights(model)
