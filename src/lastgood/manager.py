@@ -63,8 +63,9 @@ class Manager:
         """Become the only writer. Raises RunLocked (somebody else is) or SaveFailed (the directory isn't writable)."""
         try:
             local.make_dirs(self.root / layout.HIDDEN)
-            self._lock = RunLock(self.root)
-            self._lock.acquire(takeover=takeover)
+            lock = RunLock(self.root)
+            lock.acquire(takeover=takeover)
+            self._lock = lock
             gc.sweep(self.root)
             self._recover_identity()
         except OSError as error:

@@ -76,9 +76,9 @@ class Session:
         )
         self._reset()
         self.attach()
-        self.manager.open(takeover=self.options.takeover)
         event = "interrupted"
         try:
+            self.manager.open(takeover=self.options.takeover)
             found = resolve(self.manager, value)
             self.target = found if isinstance(found, Target) else None
             if isinstance(found, Fresh) and found.why:
