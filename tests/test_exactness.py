@@ -59,6 +59,9 @@ CASES = [
         args={"train_sampling_strategy": "group_by_length"},
         kills=(7,),
     ),
+    Case("batches balanced by length", ragged=True, args={"train_sampling_strategy": "batch_rebalance"}, kills=(3, 5)),
+    Case("a stream without a length", stream=True, kills=(3, 5)),
+    Case("a stream and two workers", stream=True, args={"dataloader_num_workers": 2}),
     Case("sequential", args={"train_sampling_strategy": "sequential"}),
     Case(
         "order drawn from the global generator",

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import lastgood
@@ -56,6 +56,17 @@ class Bytes(Dataset):  # type: ignore[type-arg]
         if "numpy" in self.noise:
             row[int(np.random.randint(len(row)))] = int(np.random.randint(256))
         return {"input_ids": row, "labels": list(row)}
+
+
+class Stream(IterableDataset):  # type: ignore[type-arg]
+    """The same rows without a length, shuffled by a generator of its own."""
+
+    def __init__(self, count: int) -> None:
+        self.data = Bytes(count)
+
+    def __iter__(self) -> Any:
+        order = random.Random(3).sample(range(len(self.data)), len(self.data))
+        return (self.data[index] for index in order)
 
 
 class Pad:
@@ -111,6 +122,7 @@ class Case:
     noisy_collator: bool = False
     ragged: bool = False
     lora: bool = False
+    stream: bool = False
     evaluate: bool = False
     model: dict[str, Any] = field(default_factory=dict)
     kills: tuple[int, ...] = (5,)
@@ -127,7 +139,7 @@ class Case:
         return Trainer(
             model=model,
             args=arguments(out, **{**evaluation, **self.args}),
-            train_dataset=Bytes(self.rows, self.noise, self.ragged),
+            train_dataset=Stream(self.rows) if self.stream else Bytes(self.rows, self.noise, self.ragged),
             eval_dataset=Bytes(8) if self.evaluate else None,
             data_collator=Pad(self.noisy_collator),
             callbacks=list(callbacks),

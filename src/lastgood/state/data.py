@@ -186,7 +186,9 @@ def own_generators(loader: Any) -> list[torch.Generator]:
                 generator = getattr(thing, name, None)
                 if isinstance(generator, torch.Generator) and all(generator is not known for known in found):
                     found.append(generator)
-            following += [getattr(thing, name) for name in ("sampler", "batch_sampler") if getattr(thing, name, None)]
+            # Not `if sampler`: that asks for its length, and the sampler of a stream has none.
+            inner = (getattr(thing, name, None) for name in ("sampler", "batch_sampler"))
+            following += [sampler for sampler in inner if sampler is not None]
         level = following
     return found
 
@@ -204,6 +206,11 @@ PURE_COLLATORS = frozenset(
     }
 )
 """Collators known to draw no random numbers."""
+
+
+def can_skip_unread(loader: Any) -> bool:
+    """Whether the first batches can be left out without loading them: a stream has to be read."""
+    return not isinstance(getattr(loader, "dataset", None), torch.utils.data.IterableDataset)
 
 
 def draws_nothing(loader: Any) -> bool:

@@ -20,7 +20,7 @@ from lastgood.integrations.transformers.options import Options
 from lastgood.integrations.transformers.session import Session
 from lastgood.report import Report
 from lastgood.state import rng
-from lastgood.state.data import draws_nothing
+from lastgood.state.data import can_skip_unread, draws_nothing
 
 
 class ManagedTrainer(Trainer):
@@ -134,7 +134,7 @@ class ManagedTrainer(Trainer):
             at = position if position is not None and position.consumed == count else None
             if at is None:  # another batch size or data length: skip as the stock loop does
                 return session.tracker.watch(original(loader, count))
-            if replay or not hasattr(loader, "batch_sampler") or loader.batch_sampler is None:
+            if replay or not can_skip_unread(loader):
                 return session.tracker.watch(loader, resume=at, then=then, discard=count)
             return session.tracker.watch(original(loader, count), resume=at, then=then)
 
