@@ -36,6 +36,12 @@ CASES = [
     ),
     Case("evaluation more often than saves", args={"save_steps": 4, "eval_steps": 1}, evaluate=True, kills=(7,)),
     Case("two workers", args={"dataloader_num_workers": 2}),
+    Case(
+        "workers that live on",
+        rows=10,
+        args={"dataloader_num_workers": 2, "dataloader_persistent_workers": True},
+        kills=(7,),
+    ),
     Case("bf16", args={"bf16": True}),
     Case("bf16 weights", model={"dtype": "bfloat16"}),
     Case("adafactor", args={"optim": "adafactor"}),
