@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from lastgood.errors import SaveFailed
+from lastgood.errors import RunLocked, SaveFailed
 from lastgood.format.tensors import Tensor
 from lastgood.manager import Manager
 from lastgood.model import Record
@@ -272,6 +272,20 @@ def test_I11_gc_refuses_what_is_not_ours_or_pinned(tmp_path: Path) -> None:
     save(made, 4)
     made.close()
     assert [r.step for r in records(tmp_path)] == [1, 4, 77]
+
+
+def test_I15_who_was_fenced_off_neither_saves_nor_deletes(tmp_path: Path) -> None:
+    prepared(tmp_path)
+    first = manager(tmp_path, last=1)
+    second = Manager(root=tmp_path)
+    second.open(takeover=True)
+    for act in (first.retain, lambda: save(first, 4)):
+        with pytest.raises(RunLocked, match="took over"):
+            act()
+    assert [record.step for record in records(tmp_path)] == [1, 2, 3]
+    first.close()
+    assert second._lock is not None and second._lock.still_held(), "closing the first one must not free the second's"
+    second.close()
 
 
 def test_I6_looking_changes_nothing(tmp_path: Path) -> None:

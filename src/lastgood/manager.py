@@ -23,7 +23,7 @@ from lastgood.repo.commit import commit
 from lastgood.repo.lock import RunLock
 from lastgood.repo.read import next_seq, records
 from lastgood.repo.run import Head, read_head, read_run, start_run, write_head
-from lastgood.repo.staging import Staging, open_staging
+from lastgood.repo.staging import Staging, failure, open_staging
 from lastgood.store import local
 from lastgood.talk import say, warn
 
@@ -171,7 +171,10 @@ class Manager:
 
     def retain(self) -> tuple[policy.Decision, ...]:
         """Apply the policy to what is on disk now; the decisions with their reasons go to the journal."""
-        protect = {} if self.saved or self.resumed is None else {self.resumed: "resumed from here, nothing newer yet"}
+        self._still_ours()  # whoever was fenced off deletes nothing either
+        protect = {}
+        if self.resumed is not None and self.parent == self.resumed:
+            protect[self.resumed] = "resumed from here, nothing newer yet"
         decisions = policy.decide(self.records(), self.keep, protect=protect)
         try:
             gc.execute(self.root, gc.plan([d.record for d in decisions], decisions))
@@ -215,6 +218,8 @@ class Manager:
         fatal = isinstance(error, (RunLocked, NotSupported)) or not isinstance(error, Exception)
         if not fatal:
             journal.append(self.root, "failed", step=step, error=str(error))
+        if isinstance(error, OSError) and not isinstance(error, LastgoodError):
+            error = failure(self.root / layout.HIDDEN, error)  # from a library that wrote a file of its own
         if fatal or (self.on_error == "raise" and isinstance(error, LastgoodError)):
             raise error
         if self.on_error == "raise":

@@ -13,7 +13,7 @@ import torch
 
 from lastgood import policy
 from lastgood.errors import NoCheckpoint, Preempted
-from lastgood.integrations.transformers import capture, settings, unmanaged
+from lastgood.integrations.transformers import capture, settings
 from lastgood.integrations.transformers.events import Events, StopRequest
 from lastgood.integrations.transformers.options import Options, retention
 from lastgood.integrations.transformers.restore import Source
@@ -22,7 +22,7 @@ from lastgood.manager import Manager
 from lastgood.model import Record, finite
 from lastgood.repo import journal
 from lastgood.report import Change, Report
-from lastgood.state import rng, weights
+from lastgood.state import rng
 from lastgood.state.data import Tracker
 from lastgood.state.fingerprint import live_tensors
 from lastgood.state.rng import Rng
@@ -123,7 +123,7 @@ class Session:
         self.source.weights(model)
         return True
 
-    def begin(self, num_train_epochs: int, updates_per_epoch: int) -> None:
+    def begin(self, updates_per_epoch: int) -> None:
         """The Trainer's state is loaded: decide whose run this is, and where in it we are."""
         self.updates_per_epoch = updates_per_epoch
         target, state = self.target, self.trainer.state
@@ -294,12 +294,3 @@ class Session:
             say(f"step {state.best_global_step} had {state.best_metric}, but no checkpoint was saved there")
         state.best_metric, state.best_global_step = score, record.step
         state.best_model_checkpoint = os.path.join(self.trainer_root, record.name)
-
-    # ---- stock checkpoints ---------------------------------------------------------------
-
-    def restore_stock_weights(self, path: str, model: torch.nn.Module, stock_load: Any) -> None:
-        """Weights of a checkpoint that an unmanaged Trainer wrote, and the proof that all of them arrived."""
-        unmanaged.load_weights(path, model, stock_load)
-
-
-__all__ = ["Session", "weights"]

@@ -15,7 +15,7 @@ import transformers.trainer as stock
 from transformers import Trainer
 from transformers.trainer_utils import SaveStrategy
 
-from lastgood.integrations.transformers import settings
+from lastgood.integrations.transformers import settings, unmanaged
 from lastgood.integrations.transformers.options import Options
 from lastgood.integrations.transformers.session import Session
 from lastgood.report import Report
@@ -58,7 +58,7 @@ class ManagedTrainer(Trainer):
         session.model_ready(target)
         if not session.restore_weights(resume_from_checkpoint, target):
             load = super()._load_from_checkpoint
-            session.restore_stock_weights(resume_from_checkpoint, target, lambda: load(resume_from_checkpoint, model))
+            unmanaged.load_weights(resume_from_checkpoint, target, lambda: load(resume_from_checkpoint, model))
 
     def _init_training_state(
         self,
@@ -72,7 +72,7 @@ class ManagedTrainer(Trainer):
         epochs, batches = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
-        self.lastgood.begin(num_train_epochs, num_update_steps_per_epoch)
+        self.lastgood.begin(num_update_steps_per_epoch)
         # The stock loop would train one step more than there are.
         return (num_train_epochs, 0) if self.lastgood.finished else (epochs, batches)
 
