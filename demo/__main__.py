@@ -26,13 +26,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__)
     parser.add_argument("--full", action="store_true", help="train all weights instead of a LoRA adapter")
     parser.add_argument("--model", help="name or path of a causal language model instead of the small GPT-2")
-    parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--every", type=int, default=4, help="steps between saves")
     parser.add_argument("--place", type=Path, default=Path("build/demo"), help="where everything is put")
     args = parser.parse_args()
 
     begun = time.monotonic()
-    base = prepare(args.place, steps=100)
+    base = prepare(args.place, steps=80)
     kind = "full" if args.full else "lora"
     straight, broken = args.place / f"{kind}-straight", args.place / f"{kind}-killed"
     for out in (straight, broken):

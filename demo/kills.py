@@ -33,7 +33,7 @@ def main() -> int:
     parser.add_argument("--place", type=Path, default=Path("build/demo"))
     args = parser.parse_args()
     console, rng = Console(), random.Random(args.seed)
-    base = prepare(args.place, steps=100)
+    base = prepare(args.place, steps=80)
     straight = args.place / "kills-straight"
     shutil.rmtree(straight, ignore_errors=True)
     assert launch(args, base, straight, None) == 0, straight.with_suffix(".log").read_text()[-2000:]

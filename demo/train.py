@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--place", type=Path, required=True, help="where the corpus is")
     parser.add_argument("--model", required=True, help="name or path of the model to fine-tune")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--every", type=int, default=4, help="steps between saves, and between evaluations")
     parser.add_argument("--full", action="store_true", help="train all weights instead of an adapter")
     args = parser.parse_args()
