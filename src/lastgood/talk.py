@@ -9,12 +9,18 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 _logger = logging.getLogger("lastgood")
 
 
-class _Stderr(logging.StreamHandler[TextIO]):
+if TYPE_CHECKING:
+    _Handler = logging.StreamHandler[TextIO]
+else:
+    _Handler = logging.StreamHandler  # not subscriptable before Python 3.11
+
+
+class _Stderr(_Handler):
     """Writes to whatever sys.stderr is at that moment: notebooks and test runners replace it."""
 
     def emit(self, record: logging.LogRecord) -> None:
