@@ -202,3 +202,24 @@ def test_public_names_are_complete_and_sorted() -> None:
     assert lastgood.__all__ == sorted(lastgood.__all__)
     assert all(getattr(lastgood, name) is not None for name in lastgood.__all__)
     assert len(lastgood.__all__) < 40
+
+
+def test_a_stored_live_tensor_may_have_the_name_of_a_saved_one(tmp_path: Path) -> None:
+    """save_pretrained renames on the way to disk: a live name can be the saved name of something else."""
+    from lastgood.state import weights
+
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 2)})
+    live = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    expected = {name: weights.digest(tensor) for name, tensor in live.items()}
+    swapped = {
+        "a.weight": live["b.weight"],
+        "b.weight": live["a.weight"],
+        "x/a.bias": live["a.bias"],
+        "b.bias": live["b.bias"],
+    }
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(123)
+    counts = weights.restore(model, expected, lambda: swapped)
+    assert counts["copied"] == 4
+    assert all(torch.equal(tensor, live[name]) for name, tensor in model.named_parameters())

@@ -70,8 +70,9 @@ class Source:
         found: dict[str, torch.Tensor] = {}
         for name in self.manifest_parts["model"]:
             if name.endswith(".safetensors"):
-                # Two adapters use the same tensor names in two directories; the digest finds either.
-                prefix = f"{name.rpartition('/')[0]}/" if "/" in name else ""
+                # Conversions go by the names in the model's own files. Elsewhere (two adapters, live tensors
+                # beside converted ones) the same name may come twice, and digests find either.
+                prefix = "" if name.startswith("model") else f"{name}/"
                 for key, entry in safetensors.load(self.path / name).items():
                     found[prefix + key] = from_bytes(entry)
         return found
