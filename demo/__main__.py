@@ -42,7 +42,9 @@ def main() -> int:
     train(args, base, straight, "training")
     console.rule("2  the same command, killed during a save")
     killed = train(args, base, broken, "training", kill_from=args.steps // 2)
-    console.print(f"SIGKILL while the checkpoint of step {killed} was being written")
+    # Asked of the disk after the kill: a save may have got through between the look and the signal.
+    moment = "while" if staging(broken) else "just after"
+    console.print(f"SIGKILL {moment} the checkpoint of step {killed} was being written")
     console.rule("3  the same command again")
     train(args, base, broken, "resuming")
     report = said(log(broken))
@@ -121,7 +123,7 @@ def staging(out: Path) -> bool:
     """Whether a save is under way: a staging directory that has files in it."""
     place = out / ".lastgood" / "tmp"
     try:
-        return any(os.listdir(entry.path) for entry in os.scandir(place))
+        return any(os.listdir(place / name) for name in os.listdir(place))
     except OSError:
         return False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def prepare(place: Path, steps: int) -> Path:
     from demo.corpus import pairs
 
     done = place / "base"
-    if (done / "config.json").exists():
+    if done.exists():
         return done
     rows = pairs()
     place.mkdir(parents=True, exist_ok=True)
@@ -67,6 +68,9 @@ def prepare(place: Path, steps: int) -> Path:
     texts = [row["prompt"] + row["completion"] for row in rows]
     words = tokenizer(texts)
     net = model(words, texts, steps)
-    words.save_pretrained(done)
-    net.save_pretrained(done)
-    return done
+    # The configuration is written before the weights: a base that was interrupted must not count as made.
+    part = place / "base.part"
+    shutil.rmtree(part, ignore_errors=True)
+    words.save_pretrained(part)
+    net.save_pretrained(part)
+    return part.rename(done)

@@ -69,7 +69,7 @@ def plot(path: Path, result: dict[str, Any], *, kept: list[int], deleted: list[i
         axes.plot(
             shown, [evals[step] for step in shown], style, color="tab:green" if style == "o" else "0.4", label=label
         )
-    axes.axvline(killed, color="tab:red", linestyle="--", label=f"SIGKILL during the save of step {killed}")
+    axes.axvline(killed, color="tab:red", linestyle="--", label=f"SIGKILL at the save of step {killed}")
     axes.axvline(resumed, color="tab:orange", linestyle=":", label=f"resumed from step {resumed}")
     axes.set_xlabel("step")
     axes.set_ylabel("loss")

@@ -316,7 +316,7 @@ def test_other_data_and_another_model_are_noticed(tmp_path: Path) -> None:
         managed(tmp_path, KillAtEnd(4)).train()
     other = managed(tmp_path, case=Case("other", rows=40))
     other.train(resume_from_checkpoint="auto")
-    assert "data" in {change.what for change in other.resume_report.changed}
+    assert {"data.length", "data.fingerprint"} & {change.what for change in other.resume_report.changed}
 
     wider = lastgood.manage(
         Trainer(model=tiny_gpt2(vocab_size=300), args=arguments(tmp_path), train_dataset=Bytes(64), data_collator=Pad())
@@ -333,6 +333,22 @@ def test_another_base_model_under_an_adapter_is_noticed(tmp_path: Path) -> None:
         lastgood.manage(other.trainer(tmp_path)).train(resume_from_checkpoint="auto")
     allowed = lastgood.manage(other.trainer(tmp_path), allow_missing=["base_model"])
     assert allowed.train(resume_from_checkpoint="auto").global_step == 8
+
+
+def test_another_adapter_setting_is_named(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    def trainer(alpha: int) -> Any:
+        built = Case("lora", args={"max_steps": alpha}).trainer(tmp_path)
+        config = LoraConfig(r=2, lora_alpha=alpha, target_modules=["c_attn"], fan_in_fan_out=True)
+        built.model = built.model_wrapped = get_peft_model(tiny_gpt2(), config)
+        return lastgood.manage(built)
+
+    trainer(4).train()
+    changed = trainer(8)
+    changed.train(resume_from_checkpoint="auto")
+    said = {change.what: (change.saved, change.now) for change in changed.resume_report.changed}
+    assert said["adapters.default.lora_alpha"] == ("4", "8")
 
 
 def test_another_optimizer_or_another_trained_set_is_named(tmp_path: Path) -> None:

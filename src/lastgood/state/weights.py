@@ -98,11 +98,16 @@ def _replaced(changes: list[tuple[str, str, Callable[[Any], Any]]]) -> Iterator[
 
 @dataclass(slots=True)
 class Coverage:
-    """Remembers, per run, what the model was at the start and which conversions are proven to lead back."""
+    """Remembers, per run, what the model was at the start, and what was tried once.
+
+    proven: live tensors that the conversions lead back to. stored: those that nothing leads back to, which are
+    stored under their live names.
+    """
 
     initial: dict[str, str]
     prints: Fingerprints
     proven: set[str] = field(default_factory=set)
+    stored: set[str] = field(default_factory=set)
 
     @classmethod
     def begin(cls, model: torch.nn.Module) -> Coverage:
@@ -126,13 +131,14 @@ class Coverage:
             and name not in self.proven
             and (tensor.requires_grad or name in own or self.initial.get(name) != digests[name])
         ]
-        if lost:
+        untried = [name for name in lost if name not in self.stored]
+        if untried:
             saved = {name: tensor for file in files for name, tensor in file.tensors.items()}
             candidates = converted(model, saved)
-            proven = {name for name in lost if name in candidates and same_bits(candidates[name], live[name])}
-            self.proven |= proven
-            lost = [name for name in lost if name not in proven]
-        return digests, {name: live[name] for name in lost}
+            led_back = {name for name in untried if name in candidates and same_bits(candidates[name], live[name])}
+            self.proven |= led_back
+            self.stored |= set(untried) - led_back
+        return digests, {name: live[name] for name in lost if name in self.stored}
 
 
 def _digests_of(files: list[TensorFile], live: Mapping[str, torch.Tensor], digests: Mapping[str, str]) -> set[str]:

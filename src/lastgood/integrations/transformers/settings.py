@@ -147,9 +147,20 @@ def fact_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Chang
         "model": "",
     }
     for key, effect in effects.items():
-        if key in saved and key in now and saved[key] != now[key]:
-            found.append(Change(what=key, saved=_short(saved[key]), now=_short(now[key]), effect=effect or "differs"))
+        if key in saved and key in now:
+            for what, before, after in _differences(key, saved[key], now[key]):
+                found.append(Change(what=what, saved=_short(before), now=_short(after), effect=effect or "differs"))
     return found
+
+
+def _differences(what: str, saved: Any, now: Any) -> list[tuple[str, Any, Any]]:
+    """(dotted name, saved, now) of each leaf that differs."""
+    if isinstance(saved, Mapping) and isinstance(now, Mapping):
+        keys = sorted(set(saved) | set(now))
+        return [row for key in keys for row in _differences(f"{what}.{key}", saved.get(key), now.get(key))]
+    if saved == now or what.endswith(".base_model_name_or_path"):  # the base itself was compared
+        return []
+    return [(what, saved, now)]
 
 
 def version_changes(saved: Mapping[str, str], now: Mapping[str, str]) -> list[Change]:
