@@ -104,6 +104,32 @@ def test_deciding_again_on_what_is_left_changes_nothing(records: list[Record], k
     assert all(decision.action == "keep" for decision in decide(left, keep))
 
 
+@given(histories(), keeps())
+def test_I10_full_state_stays_for_as_many_as_were_asked_for(records: list[Record], keep: Keep) -> None:
+    decisions = decide(records, keep)
+    staying = [d for d in decisions if d.record.state == "full" and d.record.current and d.action != "delete"]
+    still = sum(d.action == "keep" for d in staying)
+    asked = min(len(staying), keep.full or len(staying))
+    assert still >= asked
+    if not any(r.pinned for r in records):
+        assert still == asked, "nothing else holds any"
+    stripped = [d.record for d in decisions if d.action == "strip"]
+    assert all(r.state == "full" and not r.pinned for r in stripped)
+
+
+@pytest.mark.parametrize("keep", [Keep(last=1, best=2, full=2, monitor="loss"), Keep(total=3, full=2, monitor="loss")])
+def test_I10_a_run_getting_worse_keeps_its_second_recovery_point(keep: Keep) -> None:
+    records: list[Record] = []
+    for seq, loss in enumerate([3.0, 2.0, 1.0, 5.0, 6.0, 7.0], 1):
+        decisions = decide([*records, record(seq, loss=loss)], keep)
+        records = [
+            record(d.record.seq, "weights", d.record.metrics["eval_loss"]) if d.action == "strip" else d.record
+            for d in decisions
+            if d.action != "delete"
+        ]
+        assert sum(r.state == "full" for r in records) == min(2, seq)
+
+
 @given(histories(), st.integers(1, 5), st.sampled_from([None, "eval_loss"]))
 def test_a_total_is_a_total(records: list[Record], total: int, monitor: str | None) -> None:
     kept = [
@@ -167,7 +193,9 @@ def test_equal_metrics_prefer_the_newer_and_nan_ranks_nowhere() -> None:
         ("loss", "min"), ("eval_loss", "min"), ("eval_de_loss", "min"), ("eval_loss_de", "min"), ("perplexity", "min"),
         ("wer", "min"), ("eval_rmse", "min"), ("accuracy", "max"), ("eval_f1", "max"), ("rewards/mean_reward", "max"),
         ("eval_bits_per_byte", "min"), ("exact_match", "max"), ("pass@1", "max"), ("mystery", None),
-        ("loss_accuracy", None), ("lossless", None), ("", None),
+        ("loss_accuracy", None), ("lossless", None), ("", None), ("eval_word_error_rate", "min"), ("rouge_1", "max"),
+        ("neg_log_loss", None), ("eval_neg_mean_squared_error", None), ("1-wer", None), ("accuracy_drop", None),
+        ("eval_rewards/std", None), ("de_accuracy_val_loss", None),
     ],
 )  # fmt: skip
 def test_the_mode_of_a_metric_is_known_or_asked_for(name: str, mode: str | None) -> None:

@@ -29,23 +29,25 @@ HIGHER = frozenset(
     comet pass@1 pass@10 pass@100 score
     """.split()  # noqa: SIM905 (a list of words)
 )
+TURNED = frozenset("neg negative negated minus inv inverse drop gap delta diff improvement std var".split())  # noqa: SIM905
+"""Words that turn a metric round or make another quantity of it: a higher neg_log_loss is better."""
 
 
 def known_mode(name: str) -> Mode | None:
     """Whether a lower or a higher value of a well-known metric is better; None if the name doesn't say for sure.
 
-    The last or first words of a name count (eval_de_loss, loss_de, eval_math_accuracy), unless they disagree.
+    The last or first words of a name count (eval_de_loss, loss_de, eval_math_accuracy), unless any others disagree
+    or turn it round (neg_log_loss, 1-wer): then nothing is known, for a guess would keep the worst.
     """
-    plain = name.lower().removeprefix("eval_").replace("/", "_").replace("-", "_")
-    words = plain.split("_")
-    found: set[Mode] = set()
-    for length in range(1, len(words) + 1):
-        for piece in ("_".join(words[:length]), "_".join(words[-length:])):
-            if piece in LOWER:
-                found.add("min")
-            if piece in HIGHER:
-                found.add("max")
-    return found.pop() if len(found) == 1 else None
+    plain = name.lower().removeprefix("eval_")
+    words = plain.replace("/", "_").replace("-", "_").split("_")
+    if plain.startswith("1-") or not TURNED.isdisjoint(words):
+        return None
+    pieces = {"_".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)}
+    ends = {"_".join(words[:n]) for n in range(1, len(words) + 1)} | {"_".join(words[n:]) for n in range(len(words))}
+    if pieces & LOWER and pieces & HIGHER:
+        return None
+    return "min" if ends & LOWER else "max" if ends & HIGHER else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +56,8 @@ class Keep:
 
     total: that many, the newest and the best others by `monitor` (without a monitor the newest ones): the meaning
         of save_total_limit. last: the newest. best: the best by `monitor`. every: those at multiples of this many
-    steps. full: how many of the newest keep everything a resume needs, the others keep their weights; None: all.
+    steps. full: of those that stay, how many of the newest keep everything a resume needs, the others keep their
+    weights; None: all.
     """
 
     total: int | None = None
@@ -157,7 +160,9 @@ def decide(records: Sequence[Record], keep: Keep, *, protect: Collection[str] = 
     ranked = ranking(mine, keep.monitor, keep.mode) if keep.monitor is not None and keep.mode is not None else ()
     wanted = _wanted(mine, ranked, keep)
     newest_full = latest(mine)
-    full = [record for record in mine if record.state == "full"]
+    # Counted among those that stay: one that is about to be deleted would use up a place, and the run would be
+    # left with fewer recovery points than were asked for.
+    full = [r for r in mine if r.state == "full" and (r.name in wanted or _held(r, protect))]
     stays_full = {record.name for record in (full if keep.full is None else full[: keep.full])}
     decisions = []
     for record in records:

@@ -74,7 +74,7 @@ def _judging(s: Settings) -> Iterator[Finding]:
                 " (left out, greater_is_better is True for every name that doesn't end in 'loss')",
                 fix=f"greater_is_better={right}",
             )
-        elif known is None and not metric.endswith("loss"):
+        elif known is None:
             yield Finding(
                 code="CKB005",
                 severity="warning",
@@ -87,12 +87,15 @@ def _judging(s: Settings) -> Iterator[Finding]:
         full = wanted if wanted.startswith("eval_") else f"eval_{wanted}"
         if full not in s.eval_metric_names:
             near = difflib.get_close_matches(full, s.eval_metric_names, 1)
+            option = "metric_for_best_model" if s.keep is None else "monitor"
             yield Finding(
                 code="CKB004",
                 severity="error",
-                saw=f"metric_for_best_model={wanted!r}, evaluation yields {', '.join(s.eval_metric_names)}",
-                means="the run would fail at its first evaluation",
-                fix=f"metric_for_best_model={near[0]!r}" if near else "name one of these",
+                saw=f"{option}={wanted!r}, evaluation yields {', '.join(s.eval_metric_names)}",
+                means="the run would fail at its first evaluation"
+                if s.keep is None
+                else "no checkpoint would get that metric, so none would be kept as the best",
+                fix=f"{option}={near[0]!r}" if near else "name one of these",
             )
     limited = (s.save_total_limit or 0) > 0
     if limited and s.keep is None and (metric is None or s.eval_strategy == "no"):
@@ -133,7 +136,8 @@ def _recovering(s: Settings) -> Iterator[Finding]:
             means="once the metric stops improving nothing is saved any more: a crash costs all steps since",
             fix='save_strategy="steps": the best is found and kept all the same',
         )
-    elif length is not None:
+    elif length is not None and (s.save_strategy != "epoch" or s.steps_per_epoch is not None):
+        # Nobody can tell where the epochs of a stream end, so nothing is said about them.
         first = next(
             save_points(s.save_strategy, s.save_steps, max_steps=length, steps_per_epoch=s.steps_per_epoch), None
         )
