@@ -22,7 +22,7 @@ from lastgood.repo import gc, journal, layout, metrics, verify
 from lastgood.repo.commit import commit
 from lastgood.repo.lock import RunLock
 from lastgood.repo.read import next_seq, records
-from lastgood.repo.run import Head, read_head, read_run, start_run, write_head
+from lastgood.repo.run import Head, read_head, read_run, start_run, write_head, write_policy
 from lastgood.repo.staging import Staging, failure, open_staging
 from lastgood.store import local
 from lastgood.talk import say, warn
@@ -90,6 +90,7 @@ class Manager:
         others = [record.name for record in self.records() if record.state != "incomplete"]
         self.run = start_run(self.root)
         self.lineage, self.next, self.parent, self.resumed, self.saved = (), 1, None, None, {}
+        write_policy(self.root, self.keep.options())
         journal.append(self.root, "started", run=self.run, others=others)
 
     def begin_from(self, record: Record) -> None:
@@ -106,6 +107,7 @@ class Manager:
             # Written down before training goes on: otherwise a crash before the first save of the
             # new branch would hand the abandoned one to the next resume.
             write_head(self.root, Head(run=self.run, lineage=manifest.lineage, next=self.next))
+        write_policy(self.root, self.keep.options())
         journal.append(self.root, "resumed", step=record.step, id=record.id, left=[r.name for r in left])
 
     def close(self, event: str = "closed") -> None:

@@ -53,6 +53,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     environment: dict[str, str] = {}  # library -> version
     arguments: dict[str, object] = {}  # training arguments, secrets masked
     facts: dict[str, object] = {}  # what a later resume compares itself with: data, adapter, world size
+    layout: str = ""  # whose files these are: "" ours, else the tool that wrote an adopted checkpoint ("trainer")
 
     @property
     def full(self) -> bool:
@@ -76,6 +77,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     current: bool = True  # on the branch that the run is on now
     pinned: tuple[str, ...] = ()  # names that hold it: pins and tags
     problem: str = ""  # for incomplete and foreign: what was seen
+    layout: str = ""  # whose files these are, see Manifest
 
     @property
     def ours(self) -> bool:

@@ -96,6 +96,10 @@ class Keep:
         """save_total_limit and metric_for_best_model as a policy; no limit or one below 1 keeps everything."""
         return cls(total=limit if limit is not None and limit > 0 else None, monitor=monitor, mode=mode)
 
+    def options(self) -> dict[str, object]:
+        """The options that are set, as keyword arguments."""
+        return {name: value for name in OPTIONS if (value := getattr(self, name)) is not None}
+
     def describe(self) -> str:
         """One line for people: keep the last 2, the best 3 by eval_loss, full state for the newest 1."""
         rules = {

@@ -1,7 +1,7 @@
 """lastgood.json, the commit record of a checkpoint: text <-> Manifest.
 
-The last field, `digest`, is the BLAKE3 of everything else in canonical form (keys sorted,
-no spaces), so a flipped bit in the manifest itself is found like one in any other file.
+The last field, `digest`, is the BLAKE3 of every byte that comes before it, so a flipped bit
+in the manifest itself is found like one in any other file.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 import functools
 import json
 import re
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from blake3 import blake3
 
 from lastgood.errors import CorruptCheckpoint
 from lastgood.format import strict
-from lastgood.model import FORMAT, Manifest
+from lastgood.model import FORMAT, FileEntry, Manifest, Span
 
 NAME = "lastgood.json"
 LIMIT = 64 << 20
@@ -34,8 +34,11 @@ class NewerFormat(CorruptCheckpoint):
 def encode(manifest: Manifest) -> bytes:
     """Indented JSON that ends with the digest of what comes before it."""
     fields = msgspec.to_builtins(manifest)
-    text = json.dumps({**fields, "digest": _digest(fields)}, indent=1, allow_nan=False, ensure_ascii=False)
-    return f"{text}\n".encode()
+    if not manifest.layout:
+        del fields["layout"]
+    text = json.dumps(fields, indent=1, allow_nan=False, ensure_ascii=False).removesuffix("\n}") + ",\n "
+    body = text.encode()
+    return body + f'"digest": "{blake3(body).hexdigest()}"\n}}\n'.encode()
 
 
 @functools.lru_cache(maxsize=256)
@@ -44,6 +47,64 @@ def decode(data: bytes, where: str) -> Manifest:
 
     Remembered by content: a run that prunes after each save reads the same manifests again and again.
     """
+    found = _decode(data, _WHOLE)
+    if found is None:
+        return _decode_slowly(data, where)
+    _check(found, where)
+    return found
+
+
+def outline(data: bytes, where: str) -> Manifest:
+    """As `decode`, without arguments and environment: a fifth of the time, for listings of thousands."""
+    found = _decode(data, _OUTLINE)
+    if found is None:
+        return _decode_slowly(data, where)
+    manifest = Manifest(**{name: getattr(found, name) for name in _Outline.__struct_fields__})
+    _check(manifest, where)
+    return manifest
+
+
+class _Outline(msgspec.Struct, frozen=True, kw_only=True):
+    format: int
+    id: str
+    run: str
+    step: int
+    seq: int
+    lineage: tuple[Span, ...]
+    parent: str | None = None
+    created: float = 0.0
+    parts: dict[str, tuple[str, ...]] = {}
+    files: dict[str, FileEntry] = {}
+    facts: dict[str, object] = {}
+    layout: str = ""
+
+
+_WHOLE = msgspec.json.Decoder(Manifest)
+_OUTLINE = msgspec.json.Decoder(_Outline)
+T = TypeVar("T", Manifest, _Outline)
+
+
+def _decode(data: bytes, decoder: msgspec.json.Decoder[T]) -> T | None:
+    if not _sealed(data):
+        return None
+    try:
+        found = decoder.decode(data)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return None
+    return found if found.format <= FORMAT else None
+
+
+_SEAL = re.compile(rb'"digest": ?"([0-9a-f]{64})"\s*}\s*\Z')
+
+
+def _sealed(data: bytes) -> bool:
+    start = max(0, len(data) - 256)
+    match = _SEAL.search(data, start)
+    return match is not None and blake3(data[: match.start()]).hexdigest().encode() == match[1]
+
+
+def _decode_slowly(data: bytes, where: str) -> Manifest:
+    """What isn't sealed as above: a newer format, an early manifest (digest of the canonical JSON), or damage."""
     try:
         fields = strict.loads(data)
     except ValueError as error:
@@ -57,7 +118,7 @@ def decode(data: bytes, where: str) -> Manifest:
             hint="use a newer lastgood; the checkpoint was left as it is",
         )
     digest = fields.pop("digest", None)
-    if digest != _digest(fields):
+    if digest != _digest(fields) and not _sealed(data):
         raise CorruptCheckpoint(f"{where} isn't valid: its digest doesn't match its content")
     try:
         manifest = msgspec.convert(fields, Manifest)
@@ -78,6 +139,7 @@ def _check(manifest: Manifest, where: str) -> None:
         raise CorruptCheckpoint(f"{where} isn't valid: step, number or part is out of range")
 
 
+@functools.lru_cache(maxsize=4096)
 def safe_name(name: str) -> bool:
     """Whether this is a relative path that stays inside, on every system: a/b.json, and nothing cleverer."""
     parts = name.split("/")

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from lastgood.repo.layout import hidden
 from lastgood.store import local
 
@@ -29,7 +31,7 @@ def read(root: Path) -> list[dict[str, Any]]:
     return lines(hidden(root, NAME), LIMIT)
 
 
-def lines(path: Path, limit: int) -> list[dict[str, Any]]:
+def lines(path: Path | str, limit: int) -> list[dict[str, Any]]:
     """The JSON objects of a file with one per line."""
     try:
         data = local.read(path, limit)
@@ -38,7 +40,7 @@ def lines(path: Path, limit: int) -> list[dict[str, Any]]:
     found = []
     for line in data.split(b"\n"):
         try:
-            value = json.loads(line)
+            value = msgspec.json.decode(line) if line else None
         except (ValueError, RecursionError):
             continue
         if isinstance(value, dict):

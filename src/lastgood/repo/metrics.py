@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from lastgood.model import finite
 from lastgood.repo.journal import lines
-from lastgood.repo.layout import hidden
+from lastgood.repo.layout import HIDDEN, hidden
 from lastgood.store import local
 
 LIMIT = 16 << 20
@@ -31,7 +32,7 @@ def read(root: Path, id: str) -> dict[str, float]:
     if not _ID.fullmatch(id):
         return {}
     found: dict[str, float] = {}
-    for line in lines(hidden(root, "metrics", f"{id}.jsonl"), LIMIT):
+    for line in lines(os.path.join(root, HIDDEN, "metrics", f"{id}.jsonl"), LIMIT):
         values = line.get("metrics")
         for name, value in values.items() if isinstance(values, dict) else ():
             if value in ("nan", "inf", "-inf") or (isinstance(value, (int, float)) and not isinstance(value, bool)):

@@ -1,15 +1,37 @@
-"""Names that hold a checkpoint: what is pinned or tagged is never deleted."""
+"""Names that hold a checkpoint, and notes on it: what is pinned or tagged is never deleted."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+from lastgood.errors import RunLocked, UsageError
 from lastgood.repo.layout import hidden
 from lastgood.store import local
 
-NAME = "pins.json"
+NAME, NOTES = "pins.json", "notes.json"
+PIN = "pinned"
+"""The name that a pin without a name of its own has."""
+
+RESERVED = re.compile(r"latest|best|last|HEAD|pinned|step|\d+|checkpoint-.*|[0-9a-f]{4,16}", re.IGNORECASE)
+_BAD = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|(^|/)\.|\.lock(/|$)|\.$|^/|/$|^-|^@$")
+
+
+def check_name(name: str) -> str:
+    """The tag, if it is valid by git's rules for refs (git-check-ref-format) and no revision already means it."""
+    if not name or len(name.encode()) > 200 or _BAD.search(name) or not name.isprintable():
+        raise UsageError(
+            f"{name!r} can't be a tag",
+            hint="letters, digits, - _ . and / as in git: no spaces, no '..', no '~^:?*[\\', no '.' or '.lock' at an end",
+        )
+    if RESERVED.fullmatch(name):
+        raise UsageError(f"{name!r} already names a checkpoint in another way", hint="choose a word of your own")
+    return name
 
 
 def read(root: Path) -> dict[str, tuple[str, ...]]:
@@ -19,7 +41,7 @@ def read(root: Path) -> dict[str, tuple[str, ...]]:
     except FileNotFoundError:
         return {}
     value = json.loads(data)
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or not all(isinstance(names, list) for names in value.values()):
         raise ValueError(f"{hidden(root, NAME)} isn't valid")
     return {str(id): tuple(str(name) for name in names) for id, names in value.items()}
 
@@ -28,3 +50,54 @@ def write(root: Path, pins: Mapping[str, tuple[str, ...]]) -> None:
     """Replace all of them, durably."""
     text = json.dumps({id: list(names) for id, names in pins.items() if names}, indent=1)
     local.replace(hidden(root, NAME), f"{text}\n".encode())
+
+
+def add(root: Path, id: str, name: str) -> str | None:
+    """Give a checkpoint one more name; returns the id that had it before, from which it is taken."""
+    with _alone(root):
+        pins = read(root)
+        before = next((other for other, names in pins.items() if name in names), None) if name != PIN else None
+        if before is not None:
+            pins[before] = tuple(n for n in pins[before] if n != name)
+        pins[id] = (*(n for n in pins.get(id, ()) if n != name), name)
+        write(root, pins)
+        return before if before != id else None
+
+
+def remove(root: Path, id: str, name: str) -> bool:
+    """Take a name away; False if the checkpoint didn't have it."""
+    with _alone(root):
+        pins = read(root)
+        names = pins.get(id, ())
+        if name not in names:
+            return False
+        write(root, {**pins, id: tuple(n for n in names if n != name)})
+        return True
+
+
+def read_notes(root: Path) -> dict[str, str]:
+    """checkpoint id -> what somebody wrote about it; {} if that can't be read."""
+    try:
+        value = json.loads(local.read(hidden(root, NOTES), 16 << 20))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return {str(id): str(text) for id, text in value.items()} if isinstance(value, dict) else {}
+
+
+def write_note(root: Path, id: str, text: str) -> None:
+    """Replace the note of a checkpoint; an empty one removes it."""
+    with _alone(root):
+        notes = {**read_notes(root), id: text}
+        content = json.dumps({key: value for key, value in notes.items() if value}, indent=1, ensure_ascii=False)
+        local.replace(hidden(root, NOTES), f"{content}\n".encode())
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """Two people who tag at the same moment must not lose one of the tags. Not the run's lock: training goes on."""
+    lock = FileLock(hidden(root, "pins.lock"), timeout=10)
+    try:
+        with lock:
+            yield
+    except Timeout:
+        raise RunLocked(f"somebody else is changing the names in {root}", hint="try again in a moment") from None

@@ -7,8 +7,9 @@ one directory can't hide the others.
 
 from __future__ import annotations
 
+import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -22,14 +23,18 @@ from lastgood.repo.run import Head, read_head, read_run
 from lastgood.store import local
 
 
-def records(root: Path) -> tuple[Record, ...]:
-    """Every directory that is named like a checkpoint, by (step, number). () for a run that isn't there."""
+def records(root: Path, *, outline: bool = False) -> tuple[Record, ...]:
+    """Every directory that is named like a checkpoint, by (step, number). () for a run that isn't there.
+
+    outline: leave out arguments and environment, for listings; never write such a manifest back.
+    """
     run = read_run(root)
     held = _pins(root)
+    decode = codec.outline if outline else codec.decode
     found = [
-        _record(root, name, step, run, held)
+        _record(root, name, step, run, held, decode)
         for name in local.names(root)
-        if (step := step_of(name)) is not None and _is_directory(root / name)
+        if (step := step_of(name)) is not None and _is_directory(os.path.join(root, name))
     ]
     way = lineage_in_force(found, read_head(root, run))
     placed = [
@@ -53,8 +58,15 @@ def next_seq(found: Sequence[Record], head: Head | None) -> int:
     return max(newest + 1, head.next if head is not None else 1)
 
 
-def _record(root: Path, name: str, step: int, run: str | None, held: Mapping[str, tuple[str, ...]]) -> Record:
-    path = root / name / codec.NAME
+def _record(
+    root: Path,
+    name: str,
+    step: int,
+    run: str | None,
+    held: Mapping[str, tuple[str, ...]],
+    decode: Callable[[bytes, str], Manifest],
+) -> Record:
+    path = os.path.join(root, name, codec.NAME)
     try:
         data = local.read(path, codec.LIMIT)
     except FileNotFoundError:
@@ -62,7 +74,7 @@ def _record(root: Path, name: str, step: int, run: str | None, held: Mapping[str
     except OSError as error:
         return Record(name=name, step=step, state="incomplete", problem=f"{codec.NAME}: {error.strerror or error}")
     try:
-        manifest = codec.decode(data, codec.NAME)
+        manifest = decode(data, codec.NAME)
     except codec.NewerFormat as error:
         return Record(name=name, step=step, state="foreign", problem=error.message)
     except CorruptCheckpoint as error:
@@ -79,33 +91,36 @@ def _record(root: Path, name: str, step: int, run: str | None, held: Mapping[str
         manifest=manifest,
         metrics=metrics.read(root, manifest.id),
         pinned=held.get(manifest.id, ()),
+        layout=manifest.layout,
     )
 
 
 def missing(directory: Path, manifest: Manifest) -> str:
     """The first files that aren't there with the recorded size, in words; "" if all are."""
     faults = []
+    base = os.fspath(directory)  # strings: a run of thousands of checkpoints is listed in a second
     for name, entry in manifest.files.items():
-        size = local.size(directory / name)
-        if size is None or not _reached_directly(directory, name):
+        size = local.size(f"{base}/{name}")
+        if size == entry.size and ("/" not in name or _reached_directly(base, name)):
+            continue
+        if size is None or size == entry.size:
             faults.append(f"{name} is missing" if size is None else f"{name} is behind a link")
-        elif size != entry.size:
+        else:
             faults.append(f"{name} has {size} bytes, expected {entry.size}")
     return "; ".join(faults[:3])
 
 
-def _reached_directly(directory: Path, name: str) -> bool:
-    at = directory
+def _reached_directly(at: str, name: str) -> bool:
     for part in name.split("/")[:-1]:
-        at = at / part
+        at = f"{at}/{part}"
         if not _is_directory(at):
             return False
     return True
 
 
-def _is_directory(path: Path) -> bool:
+def _is_directory(path: str) -> bool:
     try:
-        return stat.S_ISDIR(path.lstat().st_mode)
+        return stat.S_ISDIR(os.lstat(path).st_mode)
     except OSError:
         return False
 

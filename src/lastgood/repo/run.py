@@ -1,8 +1,10 @@
-"""Who a run is (run.json), and where it stands after going back to an older checkpoint (head.json)."""
+"""Who a run is (run.json), where it stands after going back (head.json), what it keeps (policy.json)."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,7 +14,7 @@ from lastgood.model import Span
 from lastgood.repo.layout import hidden, new_id
 from lastgood.store import local
 
-RUN, HEAD = "run.json", "head.json"
+RUN, HEAD, POLICY = "run.json", "head.json", "policy.json"
 
 T = TypeVar("T")
 
@@ -54,6 +56,24 @@ def read_head(root: Path, run: str | None) -> Head | None:
 def write_head(root: Path, head: Head) -> None:
     """Durable when this returns."""
     local.replace(hidden(root, HEAD), _json(head))
+
+
+def write_policy(root: Path, options: Mapping[str, object]) -> None:
+    """Remember the policy of the run that begins, so that listings and `prune` can say why something is kept."""
+    content = f"{json.dumps(dict(options), indent=1)}\n".encode()
+    path = hidden(root, POLICY)
+    with suppress(OSError):  # nothing rests on it
+        if local.size(path) is None or local.read(path, 1 << 20) != content:
+            local.replace(path, content)
+
+
+def read_policy(root: Path) -> dict[str, object]:
+    """The options of Keep that the run was last started with; {} if none are known."""
+    try:
+        value = json.loads(local.read(hidden(root, POLICY), 1 << 20))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _read(path: Path, kind: type[T]) -> T | None:

@@ -147,19 +147,24 @@ def names(path: Path) -> list[str]:
         return []
 
 
-def read(path: Path, limit: int) -> bytes:
+def read(path: Path | str, limit: int) -> bytes:
     """A regular file of at most `limit` bytes; OSError otherwise."""
     handle = os.open(path, _READ)
-    with os.fdopen(handle, "rb") as file:
+    try:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(22, "not a regular file", os.fspath(path))
         if status.st_size > limit:
             raise OSError(27, f"{status.st_size} bytes, more than the {limit} expected", os.fspath(path))
-        return file.read(limit + 1)
+        data = os.read(handle, status.st_size + 1)
+        while len(data) < status.st_size and (more := os.read(handle, status.st_size - len(data))):
+            data += more  # one call reads at most 2 GiB
+        return data
+    finally:
+        os.close(handle)
 
 
-def size(path: Path) -> int | None:
+def size(path: Path | str) -> int | None:
     """Bytes of a regular file; None for anything else, a link included."""
     try:
         status = os.lstat(path)

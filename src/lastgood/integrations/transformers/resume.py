@@ -10,7 +10,8 @@ from typing import Any
 from lastgood.errors import CorruptCheckpoint, NoCheckpoint, UsageError, wrong_type
 from lastgood.manager import Manager
 from lastgood.model import Record
-from lastgood.repo import stock, verify
+from lastgood.layouts import trainer as stock
+from lastgood.repo import verify
 from lastgood.repo.layout import HIDDEN, step_of
 from lastgood.repo.read import records
 

@@ -1,0 +1,226 @@
+"""Checkpoints of an unmanaged transformers Trainer: plain, PEFT, FSDP and DeepSpeed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from lastgood.errors import CorruptCheckpoint
+from lastgood.format import archive, inert
+from lastgood.format.tensors import read_header
+from lastgood.layouts import dcp
+from lastgood.layouts.found import Found, files_of, modified
+from lastgood.model import finite
+from lastgood.repo.layout import step_of
+from lastgood.store import local
+
+STATE = "trainer_state.json"
+ARCHIVES = ("*.pt", "*.pth", "*.bin", "*.ckpt")
+"""Files that torch.save wrote."""
+
+PARTS = (
+    ("optimizer", ("optimizer.pt", "optimizer.bin", "optimizer_[0-9]*/*", "*optim_states.pt")),
+    ("scheduler", ("scheduler.pt", "scheduler.bin")),
+    ("rng", ("rng_state*.pth", "random_states_*.pkl")),
+    ("scaler", ("scaler.pt",)),
+    ("progress", (STATE,)),
+    ("arguments", ("training_args.bin",)),
+)
+"""Part -> patterns of its files; everything else belongs to the model."""
+
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "pytorch_model_fsdp_*/*", "*model_states.pt")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stock:
+    """parts: the files there that a resume reads. history: the run's log up to this step. problems: () if intact."""
+
+    path: Path
+    step: int
+    parts: tuple[str, ...]
+    history: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+def look(path: Path) -> Found:
+    """What a directory is, from names, sizes and trainer_state.json alone."""
+    files = files_of(path)
+    state, problems = _state(path / STATE)
+    parts = parts_of(files)
+    layout = _layout(files)
+    has = {part for part, names in parts.items() if names}
+    weights = any(_matches(name, WEIGHTS) for name in files)
+    if not weights:
+        problems.append("no file with weights in it")
+    needed = {"optimizer", "rng", "progress"} | (set() if layout == "deepspeed" else {"scheduler"})
+    step = state.get("global_step")
+    name = step_of(path.name)
+    if isinstance(step, int) and name is not None and step != name:
+        problems.append(f"{STATE} is of step {step}")
+    problem = "; ".join([*problems, *_empty(files)])
+    rows = state.get("log_history")
+    metrics, loss = row_values(rows if isinstance(rows, list) else [], step)
+    return Found(
+        path=path,
+        layout=layout,
+        step=name if name is not None else step if isinstance(step, int) else -1,
+        state="incomplete" if problem else "full" if needed <= has else "weights",
+        parts=parts,
+        files=files,
+        problem=problem,
+        metrics=metrics,
+        loss=loss,
+        created=modified(path / STATE) or modified(path),
+    )
+
+
+def parts_of(files: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
+    """part -> its files."""
+    parts: dict[str, list[str]] = {"model": []}
+    for name in files:
+        part = next((part for part, patterns in PARTS if _matches(name, patterns)), "model")
+        parts.setdefault(part, []).append(name)
+    return {part: tuple(names) for part, names in parts.items()}
+
+
+def row_values(rows: Sequence[Any], step: object) -> tuple[dict[str, float], float | None]:
+    """(metrics of this step's evaluation, the last training loss up to it) from a Trainer's log."""
+    metrics: dict[str, float] = {}
+    loss = None
+    for row in rows:
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int) or not isinstance(step, int):
+            continue
+        if row["step"] <= step and finite(row.get("loss")) is not None:
+            loss = finite(row["loss"])
+        if row["step"] == step:
+            metrics |= {k: float(v) for k, v in row.items() if k.startswith("eval_") and finite(v) is not None}
+    return metrics, loss
+
+
+def arguments(path: Path) -> dict[str, object]:
+    """The TrainingArguments in training_args.bin as plain values; {} where there are none that can be read."""
+    try:
+        node = archive.load(path / "training_args.bin")
+    except CorruptCheckpoint:
+        return {}
+    fields = node.fields if isinstance(node, inert.Node) else {}
+    return {str(name): _plain(value) for name, value in fields.items() if not str(name).startswith("_")}
+
+
+def problems(path: Path, *, full: bool) -> tuple[str, ...]:
+    """Structure: headers cover the files, archives are whole (full: pass their checksums), JSON parses."""
+    _, found = _state(path / STATE)
+    files = files_of(path)
+    for name in files:
+        if name.endswith(".safetensors"):
+            try:
+                read_header(path / name)
+            except CorruptCheckpoint as error:
+                found.append(error.message)
+        elif _matches(name, ARCHIVES):
+            found += filter(None, [archive.check(path / name, full=full)])
+        elif name.endswith(".json") and name != STATE:
+            found += _json(path / name)
+    found += _shards(path)
+    for folder in sorted({Path(name).parent for name in files if Path(name).name == ".metadata"}):
+        found += dcp.problems(path / folder, full=full)
+    if not any(_matches(name, WEIGHTS) for name in files):
+        found.append("no file with weights in it")
+    return tuple(found)
+
+
+def inspect(path: Path) -> Stock:
+    """Check everything that can be checked, for a resume. Nothing is unpickled."""
+    state, _ = _state(path / STATE)
+    step, log = state.get("global_step"), state.get("log_history")
+    names = [name for name in files_of(path) if name.endswith(".safetensors") or _matches(name, ARCHIVES)]
+    return Stock(
+        path=path,
+        step=step if isinstance(step, int) else -1,
+        parts=tuple(names),
+        history=tuple(json.dumps(row, sort_keys=True) for row in log) if isinstance(log, list) else (),
+        problems=problems(path, full=True),
+    )
+
+
+def history(path: Path) -> tuple[str, ...]:
+    """The run's log up to this checkpoint, one text per row."""
+    state, _ = _state(path / STATE)
+    log = state.get("log_history")
+    return tuple(json.dumps(row, sort_keys=True) for row in log) if isinstance(log, list) else ()
+
+
+def chain(found: Sequence[Stock]) -> list[list[Stock]]:
+    """Groups of checkpoints of one run: in a run, each log begins with the log of the checkpoint before."""
+    groups: list[list[Stock]] = []
+    for item in sorted(found, key=lambda item: item.step):
+        for group in groups:
+            earlier = group[-1].history
+            if item.history[: len(earlier)] == earlier and item.step > group[-1].step:
+                group.append(item)
+                break
+        else:
+            groups.append([item])
+    return groups
+
+
+def _layout(files: Mapping[str, int]) -> str:
+    if any(_matches(name, ("*optim_states.pt", "*model_states.pt", "zero_to_fp32.py")) for name in files):
+        return "deepspeed"
+    return "fsdp" if any(_matches(name, ("pytorch_model_fsdp*",)) for name in files) else "trainer"
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) or fnmatchcase(name.rpartition("/")[2], pattern) for pattern in patterns)
+
+
+def _empty(files: Mapping[str, int]) -> Iterator[str]:
+    for name, size in files.items():
+        if size == 0 and (_matches(name, ARCHIVES) or name.endswith((".safetensors", ".json"))):
+            yield f"{name} is empty"
+
+
+def _state(path: Path) -> tuple[dict[str, Any], list[str]]:
+    try:
+        value = json.loads(local.read(path, 1 << 30))
+    except FileNotFoundError:
+        return {}, [f"{STATE} is missing: the save was interrupted, or this is an exported model"]
+    except (OSError, ValueError, RecursionError) as error:
+        return {}, [f"{STATE} can't be read: {error}"]
+    if not isinstance(value, dict) or not isinstance(value.get("global_step"), int):
+        return {}, [f"{STATE} has no global_step"]
+    return value, []
+
+
+def _json(path: Path) -> list[str]:
+    try:
+        json.loads(local.read(path, 1 << 28))
+    except (OSError, ValueError, RecursionError) as error:
+        return [f"{path.name} can't be read: {error}"]
+    return []
+
+
+def _shards(path: Path) -> list[str]:
+    found = []
+    for index in sorted(path.glob("*.index.json")):
+        try:
+            names = set(json.loads(local.read(index, 1 << 28))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            found.append(f"{index.name} can't be read")
+            continue
+        found += [f"{name} is missing" for name in sorted(map(str, names)) if local.size(path / name) is None]
+    return found
+
+
+def _plain(value: Any) -> object:
+    if isinstance(value, inert.Node):  # an enum: its value
+        return _plain(value.args[0]) if len(value.args) == 1 else value.name
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
