@@ -14,6 +14,7 @@ import pytest
 from transformers import TrainerCallback
 
 import lastgood
+from lastgood.integrations.transformers.events import ECHO
 
 import forked
 from training import Case, train
@@ -24,8 +25,8 @@ CASE = Case("signals", evaluate=True, args={"max_steps": 12, "save_steps": 3, "e
 class Terminate(TrainerCallback):
     """SIGTERM to this process in the middle of a step, or inside an evaluation."""
 
-    def __init__(self, step: int, times: int = 1, where: str = "step") -> None:
-        self.step, self.times, self.where = step, times, where
+    def __init__(self, step: int, times: int = 1, where: str = "step", pause: float = 0.0) -> None:
+        self.step, self.times, self.where, self.pause = step, times, where, pause
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.where == "step" and state.global_step == self.step:
@@ -36,7 +37,8 @@ class Terminate(TrainerCallback):
             self.send()
 
     def send(self) -> None:
-        for _ in range(self.times):
+        for turn in range(self.times):
+            time.sleep(self.pause if turn else 0.0)
             os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -82,8 +84,15 @@ def test_I20_sigterm_inside_an_evaluation_does_not_wait_for_its_end(
 
 
 def test_I3_I20_a_second_sigterm_ends_at_once_and_breaks_nothing(tmp_path: Path, expected: dict[str, Any]) -> None:
-    status = forked.run(terminated, CASE, tmp_path / "run", 4, 2, log=tmp_path / "log")
+    status = forked.run(terminated, CASE, tmp_path / "run", 4, 2, "step", ECHO + 0.1, log=tmp_path / "log")
     assert status == -signal.SIGTERM
+    assert finish(tmp_path / "run", tmp_path) == expected
+
+
+def test_I20_a_sigterm_that_arrives_twice_is_one_request(tmp_path: Path, expected: dict[str, Any]) -> None:
+    """A service manager signals the launcher and the training, and the launcher passes its own on."""
+    assert forked.run(terminated, CASE, tmp_path / "run", 4, 2, log=tmp_path / "log") == 75
+    assert lastgood.open(tmp_path / "run").latest().step == 5
     assert finish(tmp_path / "run", tmp_path) == expected
 
 

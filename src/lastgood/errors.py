@@ -4,11 +4,13 @@
     |-- UsageError (ValueError)        an option or argument is wrong: correct the call
     |-- NotSupported                   this set-up can't be managed yet: do without, or change the set-up
     |-- NoCheckpoint (LookupError)     nothing there to open or resume from
+    |   `-- NoRun                      ... not even a directory of checkpoints
     |-- CorruptCheckpoint              a checkpoint fails verification: use another one
     |-- IncompleteRestore              a part or tensor would be left as it was: allow it by name, or don't resume
     |-- Incompatible                   what was saved doesn't fit what is running (parameters, base model)
     |-- SaveFailed (OSError)           this save came to nothing; every earlier checkpoint is intact
     |   `-- NotEnoughSpace             ... because the disk, the inodes or the quota would run out
+    |-- Refused                        it would touch what isn't ours, is pinned, or needs a yes
     |-- RunLocked                      another process writes to this run
     `-- Conflict                       another writer published in between
 
@@ -66,6 +68,14 @@ class SaveFailed(LastgoodError, OSError):
 
 class NotEnoughSpace(SaveFailed):
     code = "no-space"
+
+
+class Refused(LastgoodError):
+    code = "refused"
+
+
+class NoRun(NoCheckpoint):
+    code = "no-run"
 
 
 class RunLocked(LastgoodError):

@@ -18,7 +18,7 @@ from lastgood import policy
 from lastgood.errors import LastgoodError, NoCheckpoint, NotEnoughSpace, NotSupported, RunLocked, SaveFailed
 from lastgood.model import Record, Span, extend
 from lastgood.policy import Keep
-from lastgood.repo import gc, journal, layout, metrics, verify
+from lastgood.repo import bin, gc, journal, layout, metrics, verify
 from lastgood.repo.commit import commit
 from lastgood.repo.lock import RunLock
 from lastgood.repo.read import next_seq, records
@@ -208,6 +208,9 @@ class Manager:
             return
         gc.sweep(self.root)  # leftovers of interrupted saves and deletions are the first to go
         free, inodes = local.free(self.root)
+        if (free < estimate + RESERVE or 0 <= inodes <= 64) and bin.empty(self.root):
+            say("the space of what `lastgood prune` had removed was needed: it can't be undone any more")
+            free, inodes = local.free(self.root)
         if free < estimate + RESERVE or 0 <= inodes <= 64:
             raise NotEnoughSpace(
                 f"a save needs {size(estimate)} and {size(RESERVE)} in reserve, {self.root} has {size(free)}"

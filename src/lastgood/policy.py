@@ -6,7 +6,8 @@ Pure: no clock, no disk, no torch. The live manager, every dry run and any simul
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -56,14 +57,15 @@ class Keep:
 
     total: that many, the newest and the best others by `monitor` (without a monitor the newest ones): the meaning
         of save_total_limit. last: the newest. best: the best by `monitor`. every: those at multiples of this many
-    steps. full: of those that stay, how many of the newest keep everything a resume needs, the others keep their
-    weights; None: all.
+    steps. within: those saved at most this many seconds before the newest. full: of those that stay, how many of the
+    newest keep everything a resume needs, the others keep their weights; None: all.
     """
 
     total: int | None = None
     last: int | None = None
     best: int | None = None
     every: int | None = None
+    within: float | None = None
     full: int | None = None
     monitor: str | None = None
     mode: Mode | None = None
@@ -73,6 +75,8 @@ class Keep:
             value = getattr(self, option)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise wrong_type(f"Keep({option})", value, "a whole number of at least 1, or None")
+        if self.within is not None and not (_is_number(self.within) and 0 < self.within < math.inf):
+            raise wrong_type("Keep(within)", self.within, "a number of seconds above 0, or None")
         if self.total is not None and (self.last is not None or self.best is not None):
             raise UsageError("Keep(total) already says how many newest and best ones stay; leave out last and best")
         if self.monitor is not None and (not isinstance(self.monitor, str) or not self.monitor):
@@ -108,6 +112,7 @@ class Keep:
             "last": f"the last {self.last}",
             "best": f"the best {self.best} by {self.monitor}",
             "every": f"every {self.every} steps",
+            "within": f"all within {self.within:g} s of the newest" if self.within else "",
             "full": f"full state for the newest {self.full}",
         }
         said = [text for option, text in rules.items() if getattr(self, option) is not None]
@@ -116,7 +121,8 @@ class Keep:
     @property
     def unlimited(self) -> bool:
         """No rule that would let anything go."""
-        return self.total is None and self.last is None and self.best is None and self.every is None
+        rules = (self.total, self.last, self.best, self.every, self.within)
+        return all(rule is None for rule in rules)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +132,10 @@ class Decision:
     record: Record
     action: Literal["keep", "strip", "delete"]
     reasons: tuple[str, ...]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def metric_of(record: Record, monitor: str) -> float | None:
@@ -185,6 +195,34 @@ def decide(records: Sequence[Record], keep: Keep, *, protect: Collection[str] = 
     return tuple(decisions)
 
 
+def enough(decisions: Sequence[Decision], wanted: int, gain: Callable[[Decision], int]) -> tuple[Decision, ...]:
+    """Of these decisions only as many as free `wanted` bytes: deletions first, then strips, the oldest first.
+
+    gain: bytes that a decision frees. Strips that the policy didn't ask for are added if deletions don't suffice,
+    never of the newest full checkpoint or of one that is held.
+    """
+    newest = latest([d.record for d in decisions])
+    queue = [d for d in decisions if d.action == "delete"] + [d for d in decisions if d.action == "strip"]
+    for decision in decisions:
+        record = decision.record
+        free_to_go = decision.action == "keep" and record.state == "full" and record.current and not record.pinned
+        if free_to_go and record is not newest:
+            queue.append(Decision(record, "strip", (*decision.reasons, "weights only: the space is needed")))
+    order = {"delete": 0, "strip": 1}
+    queue.sort(key=lambda d: (order[d.action], d.record.seq))
+    freed, todo = 0, {}
+    for decision in queue:
+        if freed >= wanted:
+            break
+        todo[decision.record.name] = decision
+        freed += gain(decision)
+    spared = "not needed: enough is freed without it"
+    return tuple(
+        todo.get(d.record.name) or (d if d.action == "keep" else Decision(d.record, "keep", (*d.reasons, spared)))
+        for d in decisions
+    )
+
+
 def _wanted(mine: Sequence[Record], ranked: Sequence[Record], keep: Keep) -> dict[str, tuple[str, ...]]:
     """name -> reasons of the rules that want it. `mine` newest first, `ranked` best first."""
     reasons: dict[str, list[str]] = {}
@@ -207,6 +245,11 @@ def _wanted(mine: Sequence[Record], ranked: Sequence[Record], keep: Keep) -> dic
     for record in mine:
         if keep.every is not None and record.step % keep.every == 0:
             want(record, f"every {keep.every} steps")
+    newest = max((record.manifest.created for record in mine if record.manifest is not None), default=0.0)
+    for record in mine:
+        created = record.manifest.created if record.manifest is not None else 0.0
+        if keep.within is not None and newest - created <= keep.within:
+            want(record, f"saved within {keep.within:g} s of the newest")
     if keep.total is not None and mine:
         others = [record for record in ranked if record is not mine[0]]
         others += [record for record in mine[1:] if record not in others]

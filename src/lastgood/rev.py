@@ -1,6 +1,6 @@
 """Revisions: the words that name a checkpoint, as git has them for commits. Pure.
 
-    latest  best  best:eval_f1  1200  step:1200  checkpoint-1200  latest~1  TAG  3f9a (the beginning of an id)
+latest  best  best:eval_f1  1200  step:1200  checkpoint-1200  latest~1  TAG  3f9a (the beginning of an id)
 """
 
 from __future__ import annotations
@@ -55,9 +55,7 @@ def _latest(records: Sequence[Record]) -> Record:
     return record
 
 
-def _metric(
-    text: str, records: Sequence[Record], monitor: str | None, mode: Mode | None
-) -> tuple[str, Mode]:
+def _metric(text: str, records: Sequence[Record], monitor: str | None, mode: Mode | None) -> tuple[str, Mode]:
     name, _, direction = text.removeprefix("best").removeprefix(":").partition(":")
     if direction not in ("", "min", "max"):
         raise UsageError(f"{text!r}: after the metric comes min or max", hint=f"best:{name}:min")
@@ -66,7 +64,9 @@ def _metric(
         known = ", ".join(sorted({name for record in records for name in record.metrics})) or "none"
         raise UsageError("best by which metric?", hint=f"best:METRIC; recorded are: {known}")
     own = mode if wanted == monitor else None
-    found: Mode | None = "min" if direction == "min" else "max" if direction == "max" else own or policy.known_mode(wanted)
+    found: Mode | None = (
+        "min" if direction == "min" else "max" if direction == "max" else own or policy.known_mode(wanted)
+    )
     if found is None:
         raise UsageError(f"is a lower or a higher {wanted} better?", hint=f"best:{wanted}:min or best:{wanted}:max")
     return wanted, found

@@ -9,12 +9,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from lastgood.errors import CorruptCheckpoint
+from lastgood.errors import CorruptCheckpoint, NoCheckpoint
 from lastgood.format import archive, inert
 from lastgood.format.tensors import read_header
 from lastgood.layouts import dcp
 from lastgood.layouts.found import Found, files_of, modified
 from lastgood.model import finite
+from lastgood.redact import masked
 from lastgood.repo.layout import step_of
 from lastgood.store import local
 
@@ -108,7 +109,7 @@ def arguments(path: Path) -> dict[str, object]:
     except CorruptCheckpoint:
         return {}
     fields = node.fields if isinstance(node, inert.Node) else {}
-    return {str(name): _plain(value) for name, value in fields.items() if not str(name).startswith("_")}
+    return {str(k): masked(str(k), _plain(v)) for k, v in fields.items() if not str(k).startswith("_")}
 
 
 def problems(path: Path, *, full: bool) -> tuple[str, ...]:
@@ -166,6 +167,42 @@ def chain(found: Sequence[Stock]) -> list[list[Stock]]:
         else:
             groups.append([item])
     return groups
+
+
+def choose(root: Path, old: Sequence[Stock]) -> tuple[Stock, tuple[tuple[str, str], ...]]:
+    """The newest intact checkpoint of an unmanaged run, and (name, reason) of those passed over.
+
+    Raises NoCheckpoint, also where two runs share the directory: nobody guesses which one is meant.
+    """
+    skipped = tuple((item.path.name, "; ".join(item.problems)) for item in old if item.problems)
+    good = [item for item in old if not item.problems]
+    usable = [item for item in good if not lacking(item.path)]
+    skipped += tuple((item.path.name, lacking(item.path)) for item in good if item not in usable)
+    if not usable:
+        listing = "".join(f"\n  {name}: {reason}" for name, reason in skipped)
+        raise NoCheckpoint(
+            f"no checkpoint in {root} can be resumed from{listing}",
+            hint="resume_from_checkpoint=False starts afresh and leaves these as they are",
+        )
+    groups = chain(usable)
+    if len(groups) > 1:
+        listing = "; ".join(", ".join(item.path.name for item in group) for group in groups)
+        raise NoCheckpoint(
+            f"{root} holds checkpoints of {len(groups)} runs ({listing}): which one to continue?",
+            hint="name one: resume_from_checkpoint='<path of the checkpoint>'",
+        )
+    return max(usable, key=lambda item: item.step), skipped
+
+
+def lacking(path: Path) -> str:
+    """What a stock Trainer would silently do without, in words; "" if nothing."""
+    files = files_of(path)
+    if _layout(files) == "deepspeed":
+        return ""
+    parts = parts_of(files)
+    names = {"optimizer": "optimizer.pt", "scheduler": "scheduler.pt", "rng": "rng_state.pth"}
+    lost = [name for part, name in names.items() if not parts.get(part)]
+    return f"no {', '.join(lost)}" if lost else ""
 
 
 def _layout(files: Mapping[str, int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,16 +10,21 @@ from typing import Literal
 
 import msgspec
 
+from lastgood.format import guard
 from lastgood.format import manifest as codec
-from lastgood.model import Manifest, Record
+from lastgood.model import FileEntry, Manifest, Record
 from lastgood.policy import Decision
-from lastgood.repo import journal
-from lastgood.repo.layout import hidden, new_id
+from lastgood.repo import bin, journal
+from lastgood.repo.layout import HIDDEN, hidden, new_id
 from lastgood.repo.read import records
 from lastgood.store import local
 
 RESUME_ONLY = frozenset({"optimizer.safetensors", "resume.json"})
 """Files that only a full checkpoint has: what an interrupted strip may leave behind."""
+KEPT_PARTS = ("model", "progress", "arguments")
+"""Parts of an adopted checkpoint that stay when it is stripped: weights, and the run's log for plots."""
+GRAVE = f"{HIDDEN}.grave."
+"""How a directory that is being deleted is called where a full disk leaves no room for a trash directory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,68 +47,115 @@ class Plan:
         return sum(item.bytes for item in self.items)
 
 
-def plan(found: Sequence[Record], decisions: Sequence[Decision]) -> Plan:
-    """What the decisions mean on disk. Raises ValueError for a decision against a record that must stay."""
+def plan(found: Sequence[Record], decisions: Sequence[Decision], *, stock: bool = False) -> Plan:
+    """What the decisions mean on disk. Raises ValueError for a decision against a record that must stay.
+
+    stock: checkpoints that were written without lastgood may be deleted too; never done unasked.
+    """
     known = {record.name for record in found}
     items = []
     for decision in decisions:
         record = decision.record
         if decision.action == "keep":
             continue
-        if not record.ours or record.pinned or record.name not in known or record.manifest is None:
+        theirs = not record.id and (not stock or decision.action == "strip")
+        if not record.ours or record.pinned or theirs or record.name not in known or record.manifest is None:
             raise ValueError(f"refusing to {decision.action} {record.name}: it is pinned or not of this run")
-        freed = record.size if decision.action == "delete" else record.size - _stripped(record.manifest).size
-        items.append(Item(record, decision.action, decision.reasons, freed))
-    return Plan(tuple(items))
+        items.append(Item(record, decision.action, decision.reasons, gain(decision)))
+    # Deletions first: on a full disk they make the room that a strip's new manifest needs.
+    return Plan(tuple(sorted(items, key=lambda item: item.action != "delete")))
 
 
-def execute(root: Path, todo: Plan) -> None:
-    """Carry it out. Raises OSError; what was done until then is complete, the rest is untouched."""
+def gain(decision: Decision) -> int:
+    """Bytes that a decision frees."""
+    record = decision.record
+    if decision.action == "keep" or record.manifest is None:
+        return 0
+    return record.size if decision.action == "delete" else record.size - stripped(record.manifest).size
+
+
+def execute(root: Path, todo: Plan, *, undoable: str | None = None) -> None:
+    """Carry it out. Raises OSError; what was done until then is complete, the rest is untouched.
+
+    undoable: the number of an operation of `bin.begin`, to put things there instead of freeing their space.
+    """
     for item in todo.items:
         if item.action == "delete":
-            _delete(root, item)
+            _delete(root, item, undoable)
         else:
-            _strip(root, item)
+            _strip(root, item, undoable)
 
 
-def _delete(root: Path, item: Item) -> None:
-    trash = hidden(root, "trash")
-    local.make_dirs(trash)
-    grave = trash / new_id()
+def _delete(root: Path, item: Item, undoable: str | None) -> None:
+    name, facts = item.record.name, {"step": item.record.step, "id": item.record.id}
+    if undoable is not None:
+        bin.put(root, undoable, name)
+        journal.append(root, "deleted", **facts, bytes=item.bytes, reasons=item.reasons, undo=undoable)
+        return
+    grave = _grave(root)
     # The rename makes it vanish as a whole: half a checkpoint is never seen under its name.
-    local.vanish(root / item.record.name, grave)
-    journal.append(root, "deleted", step=item.record.step, id=item.record.id, bytes=item.bytes, reasons=item.reasons)
+    local.vanish(root / name, grave)
+    journal.append(root, "deleted", **facts, bytes=item.bytes, reasons=item.reasons)
     local.remove_tree(grave)
 
 
-def _strip(root: Path, item: Item) -> None:
+def _grave(root: Path) -> Path:
+    try:
+        local.make_dirs(hidden(root, "trash"))
+        return hidden(root, "trash", new_id())
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        # A new directory takes a block, a new name in a directory that is there mostly doesn't.
+        return root / f"{GRAVE}{new_id()}"
+
+
+def _strip(root: Path, item: Item, undoable: str | None) -> None:
     manifest = item.record.manifest
     assert manifest is not None
-    directory, light = root / item.record.name, _stripped(manifest)
+    directory, light = root / item.record.name, stripped(manifest)
+    gone = sorted(manifest.files.keys() - light.files.keys())
+    if undoable is not None:
+        bin.put_manifest(root, undoable, item.record.name)
     # The manifest first: from here on it is a weights-only checkpoint, whatever files are still beside it.
     local.replace(directory / codec.NAME, codec.encode(light))
-    for name in manifest.files.keys() - light.files.keys():
-        local.unlink(directory / name)
+    for name in gone:
+        if undoable is not None:
+            bin.put(root, undoable, f"{item.record.name}/{name}")
+        else:
+            local.unlink(directory / name)
+    _guard(directory, light)
     local.sync_dir(directory)
-    journal.append(root, "stripped", step=item.record.step, id=item.record.id, bytes=item.bytes, reasons=item.reasons)
+    facts = {"step": item.record.step, "id": item.record.id, "bytes": item.bytes, "reasons": item.reasons}
+    journal.append(root, "stripped", **facts, **({} if undoable is None else {"undo": undoable}))
 
 
-def _stripped(manifest: Manifest) -> Manifest:
-    names = manifest.parts.get("model", ())
-    files = {name: entry for name, entry in manifest.files.items() if name in names}
+def stripped(manifest: Manifest) -> Manifest:
+    """The manifest of the same checkpoint with its weights alone."""
+    parts = KEPT_PARTS if manifest.layout else ("model",)
+    names = tuple(name for part in parts for name in manifest.parts.get(part, ()))
+    files: dict[str, FileEntry] = {name: entry for name, entry in manifest.files.items() if name in names}
     return msgspec.structs.replace(manifest, parts={"model": names}, files=files)
+
+
+def _guard(directory: Path, light: Manifest) -> None:
+    """A stock Trainer that finds no optimizer.pt trains on with a fresh one: let it fail loudly instead."""
+    if light.layout:
+        for name in guard.NAMES:
+            if name not in light.files and local.size(directory / name) != len(guard.content(name)):
+                local.replace(directory / name, guard.content(name))
 
 
 def sweep(root: Path) -> None:
     """Remove what interrupted saves, deletions and strips left. Only the holder of the run's lock may call it."""
     for place in ("tmp", "trash"):
         for name in local.names(hidden(root, place)):
-            path = hidden(root, place, name)
-            if path.is_dir() and not path.is_symlink():
-                local.remove_tree(path)
-            else:
-                local.unlink(path)
+            local.remove(hidden(root, place, name))
+    for name in local.names(root):
+        if name.startswith(GRAVE):
+            local.remove(root / name)
     for record in records(root):
         if record.state == "weights" and record.manifest is not None:
             for name in RESUME_ONLY - record.manifest.files.keys():
                 local.unlink(root / record.name / name)
+            _guard(root / record.name, record.manifest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -17,6 +18,7 @@ from lastgood.errors import RunLocked
 from lastgood.repo.layout import hidden
 from lastgood.store import local
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
 PATIENCE = 15.0
 """Seconds to wait for a holder that is dead: its data workers live on for a few seconds and may hold the lock."""
 
@@ -31,9 +33,18 @@ class RunLock:
         self._nonce = secrets.token_hex(8)
         self._lock = FileLock(self._file, timeout=0)
 
-    def acquire(self, *, takeover: bool = False) -> None:
-        """Raises RunLocked at once if a living process holds the run. takeover: fence that process off instead."""
-        local.make_dirs(self._file.parent)
+    def acquire(self, *, takeover: bool = False, anonymous: bool = False) -> None:
+        """Raises RunLocked at once if a living process holds the run. takeover: fence that process off instead.
+
+        anonymous: go on without the card that names the holder where a full disk has no room for it, so that space
+        can be freed there.
+        """
+        try:
+            local.make_dirs(self._file.parent)
+        except OSError as error:
+            if not anonymous or error.errno not in FULL or local.size(self._file) is not None:
+                raise
+            return  # nobody has ever written here, and nobody can
         if takeover:
             # A new file: the old holder keeps its lock on one that no longer has a name.
             local.unlink(self._file)
@@ -60,7 +71,11 @@ class RunLock:
             "command": os.path.basename(sys.argv[0]) if sys.argv else "",
             "nonce": self._nonce,
         }
-        local.replace(self._card, f"{json.dumps(card)}\n".encode())
+        try:
+            local.replace(self._card, f"{json.dumps(card)}\n".encode())
+        except OSError as error:
+            if not anonymous or error.errno not in FULL:
+                raise
 
     def release(self) -> None:
         """Let the next one in."""

@@ -27,7 +27,7 @@ def check_name(name: str) -> str:
     if not name or len(name.encode()) > 200 or _BAD.search(name) or not name.isprintable():
         raise UsageError(
             f"{name!r} can't be a tag",
-            hint="letters, digits, - _ . and / as in git: no spaces, no '..', no '~^:?*[\\', no '.' or '.lock' at an end",
+            hint="as in git: no spaces, no '..', none of ~^:?*[\\, no '.' or '.lock' at an end",
         )
     if RESERVED.fullmatch(name):
         raise UsageError(f"{name!r} already names a checkpoint in another way", hint="choose a word of your own")

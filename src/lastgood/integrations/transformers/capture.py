@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers.trainer_callback import ExportableState
 
-from lastgood.integrations.transformers import guard
+from lastgood.format import guard
 from lastgood.repo.staging import Staging
 from lastgood.state import optimizer, rng, tree
 from lastgood.state.data import Position

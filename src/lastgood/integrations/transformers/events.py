@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -38,11 +39,17 @@ class Events(TrainerCallback):
             self.session.stop_inside_evaluation()
 
 
+ECHO = 1.0
+"""Seconds in which a second SIGTERM is the same request: a service manager signals the launcher and every process of
+it, and the launcher passes its own on."""
+
+
 class StopRequest:
-    """SIGTERM, noted: the handler sets a flag and nothing else. A second one ends the process at once."""
+    """SIGTERM, noted: the handler sets a flag and nothing else. A second one, later, ends the process at once."""
 
     def __init__(self) -> None:
         self.requested = False
+        self.since = 0.0
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -55,10 +62,12 @@ class StopRequest:
         owner = os.getpid()
 
         def note(number: int, frame: Any) -> None:
+            if self.requested and os.getpid() == owner and time.monotonic() - self.since < ECHO:
+                return
             if self.requested or os.getpid() != owner:  # a forked data worker must die as it always did
                 signal.signal(number, before if callable(before) else signal.SIG_DFL)
                 os.kill(os.getpid(), number)
-            self.requested = True
+            self.requested, self.since = True, time.monotonic()
 
         signal.signal(signal.SIGTERM, note)
         try:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lastgood.errors import CorruptCheckpoint, NoCheckpoint, UsageError, wrong_type
+from lastgood.errors import CorruptCheckpoint, NoCheckpoint, NotSupported, UsageError, wrong_type
+from lastgood.layouts import trainer as stock
 from lastgood.manager import Manager
 from lastgood.model import Record
-from lastgood.layouts import trainer as stock
 from lastgood.repo import verify
 from lastgood.repo.layout import HIDDEN, step_of
 from lastgood.repo.read import records
@@ -87,42 +87,26 @@ def _auto(manager: Manager) -> Target | Fresh:
 def _own(manager: Manager, what: Any, *, full: bool = True) -> Target:
     found = manager.find(what, full=full)
     manager.quarantine(found.damaged)
-    return Target(path=manager.root / found.record.name, record=found.record, own=True, skipped=found.skipped)
+    path = manager.root / found.record.name
+    if not found.record.layout:
+        return Target(path=path, record=found.record, own=True, skipped=found.skipped)
+    lost = stock.lacking(path)
+    if found.record.layout != "trainer" or lost:
+        raise NotSupported(
+            f"{path} was written by {found.record.layout} and adopted; a managed Trainer can't resume from it"
+            + (f": {lost}" if lost else ""),
+            hint="resume it with the set-up that wrote it, or name another checkpoint",
+        )
+    return Target(path=path, record=found.record, own=True, skipped=found.skipped, notes=(_ADOPTED_NOTE,))
 
 
 def _stock_auto(manager: Manager, old: list[stock.Stock]) -> Target:
-    """The newest intact checkpoint of an unmanaged run; if two runs share the directory, nobody guesses."""
-    skipped = tuple((item.path.name, "; ".join(item.problems)) for item in old if item.problems)
-    good = [item for item in old if not item.problems]
-    usable = [item for item in good if _resumable(item)]
-    skipped += tuple((item.path.name, _lacking(item)) for item in good if not _resumable(item))
-    if not usable:
-        listing = "".join(f"\n  {name}: {reason}" for name, reason in skipped)
-        raise NoCheckpoint(
-            f"no checkpoint in {manager.root} can be resumed from{listing}",
-            hint="resume_from_checkpoint=False starts afresh and leaves these as they are",
-        )
-    groups = stock.chain(usable)
-    if len(groups) > 1:
-        listing = "; ".join(", ".join(item.path.name for item in group) for group in groups)
-        raise NoCheckpoint(
-            f"{manager.root} holds checkpoints of {len(groups)} runs ({listing}): which one to continue?",
-            hint="name one: resume_from_checkpoint='<path of the checkpoint>'",
-        )
-    newest = max(usable, key=lambda item: item.step)
+    newest, skipped = stock.choose(manager.root, old)
     return Target(path=newest.path, record=None, own=False, skipped=skipped, notes=(_STOCK_NOTE,))
 
 
 _STOCK_NOTE = "written by a stock Trainer: read with weights_only=True, no hashes to check it against"
-
-
-def _resumable(item: stock.Stock) -> bool:
-    return not _lacking(item)
-
-
-def _lacking(item: stock.Stock) -> str:
-    lost = [name for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth") if name not in item.parts]
-    return f"no {', '.join(lost)}" if lost else ""
+_ADOPTED_NOTE = "written by a stock Trainer and adopted: read with weights_only=True"
 
 
 def _path(manager: Manager, path: Path) -> Target:

@@ -113,9 +113,9 @@ class Session:
             self.coverage = Coverage.begin(model)
 
     def restore_weights(self, path: str, model: torch.nn.Module) -> bool:
-        """Load the target's weights; False if `path` isn't a managed checkpoint of ours to load."""
+        """Load the target's weights; False if `path` isn't the target, or holds a stock Trainer's files."""
         target = self.target
-        if target is None or os.fspath(target.path) != os.fspath(path) or target.record is None:
+        if target is None or os.fspath(target.path) != os.fspath(path) or target.record is None or target.record.layout:
             return False
         self.source = Source(target.path, target.record, self.options.allow_missing)
         # Before the first tensor changes: a checkpoint that can't be restored as a whole isn't restored in part.

@@ -5,19 +5,16 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import json
-import math
 import platform
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from blake3 import blake3
 
+from lastgood.redact import masked
 from lastgood.report import Change
 
 LIBRARIES = ("lastgood", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "numpy")
-SECRET = re.compile(r"token|key|secret|password|passwd|credential", re.IGNORECASE)
-URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
 SAMPLES = 16
 """Rows of a dataset that its fingerprint reads."""
 
@@ -50,23 +47,7 @@ def environment() -> dict[str, str]:
 
 def arguments(args: Any) -> dict[str, Any]:
     """The training arguments as JSON with every secret masked (by name, and logins inside URLs)."""
-    return {key: _masked(key, value) for key, value in args.to_dict().items()}
-
-
-def _masked(key: str, value: Any) -> Any:
-    if value is not None and isinstance(value, str) and SECRET.search(key) and not key.endswith("_tokens"):
-        return "***"
-    if isinstance(value, Mapping):
-        return {str(inner): _masked(str(inner), item) for inner, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_masked("", item) for item in value]
-    if isinstance(value, str):
-        return URL_LOGIN.sub("***@", value)
-    if value is None or isinstance(value, (bool, int)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    return URL_LOGIN.sub("***@", str(value))
+    return {key: masked(key, value) for key, value in args.to_dict().items()}
 
 
 def data_facts(dataset: Any) -> dict[str, Any]:
@@ -97,7 +78,7 @@ def model_facts(model: Any) -> dict[str, Any]:
     facts: dict[str, Any] = {"model": type(model).__name__}
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
     if name:
-        facts["base_model"] = URL_LOGIN.sub("***@", str(name))
+        facts["base_model"] = masked("base_model", str(name))
     adapters = getattr(model, "peft_config", None)
     if isinstance(adapters, Mapping):
         facts["adapters"] = {str(key): _plain(config.to_dict()) for key, config in adapters.items()}

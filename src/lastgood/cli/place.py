@@ -1,0 +1,127 @@
+"""Which run, which checkpoint: the arguments that most verbs have."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from click.shell_completion import CompletionItem
+
+from lastgood.cli import text
+from lastgood.errors import NoRun, UsageError
+from lastgood.model import Record
+from lastgood.repo.layout import HIDDEN, step_of
+from lastgood.rev import resolve, words
+from lastgood.store import local
+from lastgood.view import View, look
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Rev(click.ParamType[str]):
+    """A revision; completed from the checkpoints of the run."""
+
+    name = "rev"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return str(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        try:
+            known = words(look(find_run(_asked(ctx))).records)
+        except Exception:  # a completion that fails must not spoil the prompt
+            return []
+        return [CompletionItem(word, help=about) for word, about in known if word.startswith(incomplete)]
+
+
+REV = Rev()
+
+
+def run_option(function: F) -> F:
+    """-C/--run behind the verb as well as before it; arrives as `root`."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, own_root: str | None, **rest: Any) -> Any:
+        return function(*args, root=own_root or click.get_current_context().obj, **rest)
+
+    option = click.option("-C", "--run", "own_root", metavar="DIR", help="The run directory.")
+    return option(wrapped)  # type: ignore[return-value]
+
+
+def find_run(asked: str | None) -> Path:
+    """The run that was asked for, or the one that the current directory is in. Raises NoRun."""
+    from lastgood.layouts.scan import is_run
+
+    named = asked or os.environ.get("LASTGOOD_RUN")
+    if named:
+        path = Path(named)
+        if not path.is_dir():
+            raise NoRun(f"{text.plain(named)} is not a directory", hint="-C DIR names the directory of the checkpoints")
+        if step_of(path.name) is not None and not is_run(path) and is_run(path.parent):
+            return path.parent
+        if not is_run(path):
+            raise NoRun(
+                f"there are no checkpoints in {text.plain(named)}", hint="-C DIR names the directory that they are in"
+            )
+        return path
+    here = Path.cwd()
+    if is_run(here):
+        return here
+    for path in here.parents:
+        # Above the current directory only what is sure: a home directory may hold anything.
+        if (path / HIDDEN).is_dir() or any(step_of(name) is not None for name in local.names(path)):
+            return path
+    raise NoRun(
+        f"no run here: neither {text.plain(os.fspath(here))} nor any directory above it holds checkpoints",
+        hint="cd into the run, or name it: lastgood -C DIR ...",
+    )
+
+
+def place(asked: str | None, word: str | None) -> tuple[Path, str | None]:
+    """(run, revision): the word may be a revision, the path of a run or the path of a checkpoint."""
+    if (word and (os.sep in word or word in (".", ".."))) or (word and not asked and Path(word).is_dir()):
+        path = Path(word)
+        if path.exists():
+            return _from_path(path)
+    return find_run(asked), word
+
+
+def _from_path(path: Path) -> tuple[Path, str | None]:
+    from lastgood.layouts.scan import is_run
+
+    if path.is_dir() and is_run(path):
+        return path, None
+    absolute = Path(os.path.abspath(path))
+    for parent in list(absolute.parents)[:4]:
+        if is_run(parent):
+            return parent, absolute.relative_to(parent).as_posix()
+    raise NoRun(f"{text.plain(str(path))} is neither a run nor a checkpoint in one")
+
+
+def pick(view: View, rev: str) -> Record:
+    """The checkpoint that a revision names."""
+    return resolve(rev, view.records, monitor=view.monitor, mode=view.mode)
+
+
+def adopted(view: View, record: Record, verb: str) -> Record:
+    """The record, if it is one of ours. Raises UsageError for one without a manifest."""
+    if not record.id or record.state == "foreign":
+        raise UsageError(
+            f"{record.name} has no manifest of this run, so there is nothing to {verb}",
+            hint="`lastgood adopt` gives the checkpoints of a stock Trainer manifests, and changes no file of theirs",
+        )
+    return record
+
+
+def _asked(ctx: click.Context) -> str | None:
+    at: click.Context | None = ctx
+    while at is not None:
+        value = at.params.get("own_root") or at.params.get("root")
+        if value:
+            return str(value)
+        at = at.parent
+    return None

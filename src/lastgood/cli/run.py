@@ -1,0 +1,158 @@
+"""lastgood run: any training command, relaunched until it is done, with its checkpoints looked after."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lastgood.cli import text
+from lastgood.cli.adopt import candidates
+from lastgood.cli.place import run_option
+from lastgood.cli.prune import TRAINERS, Scope, plan
+from lastgood.cli.resume import choose
+from lastgood.errors import NoCheckpoint, RunLocked, UsageError
+from lastgood.model import Record
+from lastgood.repo import gc, journal
+from lastgood.repo.adopt import adopt
+from lastgood.repo.layout import hidden, new_id
+from lastgood.repo.lock import RunLock
+from lastgood.store import local
+from lastgood.supervise import Limits, supervise
+from lastgood.talk import say
+from lastgood.view import View, look
+
+RULES = ("last", "best", "every", "total", "full")
+
+
+@click.command(context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False})
+@click.argument("command", metavar="-- CMD...", nargs=-1, required=True)
+@run_option
+@click.option("--max-restarts", default=10, metavar="N", help="Crashes in a row without progress (default: 10).")
+@click.option("--backoff", default=5.0, metavar="S", help="Seconds before a relaunch, doubled each time (default: 5).")
+@click.option("--grace", default=60.0, metavar="S", help="Seconds between SIGTERM and SIGKILL (default: 60).")
+@click.option("--keep-last", "last", type=int, metavar="N", help="Of a stock Trainer's checkpoints keep the newest N,")
+@click.option("--keep-best", "best", type=int, metavar="N", help="... and the best N by --monitor,")
+@click.option("--keep-every", "every", type=int, metavar="K", help="... and those at multiples of K steps,")
+@click.option("--keep-total", "total", type=int, metavar="N", help="... or N in all, the newest and the best.")
+@click.option("--full", type=int, metavar="N", help="Full state only for the newest N.")
+@click.option("--monitor", metavar="METRIC", help="What best means.")
+@click.option("--mode", type=click.Choice(["min", "max"]), help="Whether a lower or a higher value is better.")
+def run(
+    root: str | None, command: tuple[str, ...], max_restarts: int, backoff: float, grace: float, **rules: Any
+) -> None:
+    """Run a training command with no change to its code, and relaunch it after a crash or a preemption.
+
+    `{checkpoint}` in its arguments becomes the newest good checkpoint, checked; before there is one, the argument and
+    its option are left out. The environment has the path as LASTGOOD_RESUME. Exit 75, 143 and SIGTERM count as a
+    preemption and are relaunched at once, other failures after a wait. What a crash left half-written is put into
+    quarantine first. With --keep-..., finished checkpoints of a stock Trainer are adopted and pruned as it goes on.
+
+    \b
+    lastgood -C out run --keep-last 2 -- python train.py --output_dir out --resume_from_checkpoint {checkpoint}
+    """
+    path = _directory(root)
+    wanted = {name: value for name, value in rules.items() if value is not None}
+    if any(name in wanted for name in RULES):
+        plan(_view(path), wanted, scope=Scope(stock=True))  # a policy that makes no sense fails now, not in the night
+    elif wanted:
+        raise UsageError("--monitor and --mode say what best means; keep how many?", hint="--keep-best 2")
+    code = supervise(
+        command,
+        choose=lambda: _choose(path),
+        progress=lambda: max((r.step for r in _view(path).records if r.state == "full"), default=-1),
+        tidy=_tidier(path, wanted),
+        limits=Limits(restarts=max_restarts, backoff=backoff, grace=grace),
+    )
+    raise click.exceptions.Exit(code)
+
+
+def _directory(root: str | None) -> Path:
+    named = root or os.environ.get("LASTGOOD_RUN")
+    if not named:
+        raise UsageError(
+            "which directory will the checkpoints be in?", hint="lastgood -C OUTPUT_DIR run -- python train.py ..."
+        )
+    path = Path(named)
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{text.plain(named)} is not a directory")
+    return path
+
+
+def _view(path: Path) -> View:
+    return look(path) if path.is_dir() else View(path, (), ())
+
+
+def _choose(path: Path) -> Path | None:
+    """The checkpoint for the next launch, hashed or checked; husks are out of the way before."""
+    if not path.is_dir():
+        return None
+    _quarantine(path)
+    view = look(path)
+    if not any(record.state in ("full", "incomplete") for record in view.records):
+        return None
+    chosen, skipped = choose(view, "last", full=True)
+    for name, reason in skipped:
+        say(f"passed over {text.plain(name)}: {text.plain(reason)}")
+    if chosen is None:
+        raise NoCheckpoint(
+            f"no checkpoint in {path} is good, so nothing is launched: a run that starts afresh here would be taken"
+            " for the old one",
+            hint="`lastgood verify --full` says what is wrong; move the directory away to start afresh",
+        )
+    return view.path(chosen)
+
+
+def _quarantine(path: Path) -> None:
+    """Half-written directories make a stock Trainer crash at its next start; their bytes are kept for a look."""
+    view = look(path)
+    husks = [r for r in view.records if r.state == "incomplete" and _theirs(r)]
+    if not husks:
+        return
+    with _locked(path):
+        for record in husks:
+            target = hidden(path, "quarantine", f"{record.name}.{new_id()[:8]}")
+            local.make_dirs(target.parent)
+            local.rename(path / record.name, target)
+            journal.append(path, "quarantined", name=record.name, to=target.relative_to(path).as_posix())
+            say(f"{record.name} was half-written ({record.problem}); moved to {target.relative_to(path)}")
+
+
+def _theirs(record: Record) -> bool:
+    """A stock Trainer's: a managed run sees to its own."""
+    return record.layout in TRAINERS and not record.id
+
+
+def _tidier(path: Path, rules: dict[str, Any]) -> Callable[[bool], None]:
+    def tidy(ended: bool) -> None:
+        """Adopt what is finished, then prune: only if nobody else holds the run, so a managed one is left alone."""
+        if not any(name in rules for name in RULES) or not path.is_dir():
+            return
+        view = look(path)
+        done = _finished(view, ended)
+        if not done and all(record.id for record in view.records):
+            return
+        try:
+            with _locked(path):
+                chains, _ = candidates(view)
+                adopt(path, [[item for item in chain if item.path.name in done] for chain in chains])
+                decisions = plan(look(path), rules)
+                gc.execute(path, gc.plan([d.record for d in decisions], decisions))
+        except RunLocked:
+            return
+
+    return tidy
+
+
+def _finished(view: View, ended: bool) -> set[str]:
+    """Complete stock checkpoints; of the newest nobody knows, while it runs, that its last rank has written."""
+    complete = [r for r in view.records if _theirs(r) and r.state in ("full", "weights")]
+    newest = max((r.step for r in view.records), default=-1)
+    return {r.name for r in complete if ended or r.step < newest}
+
+
+def _locked(path: Path) -> RunLock:
+    return RunLock(path)

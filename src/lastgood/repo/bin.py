@@ -1,0 +1,127 @@
+"""What was removed and can be brought back: `.lastgood/undo/<number>/`, one directory per operation.
+
+Each holds `plan.json` and what the operation removed: whole checkpoints, and of stripped ones the
+old manifest and the files that went. Emptied by command, and by a save that needs the room.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from lastgood.errors import NoCheckpoint
+from lastgood.format import guard
+from lastgood.format import manifest as codec
+from lastgood.repo import journal
+from lastgood.repo.layout import hidden, new_id, step_of
+from lastgood.store import local
+
+PLAN = "plan.json"
+
+
+def begin(root: Path, what: str) -> str:
+    """The number of a new operation, which is the newest from now on. Raises OSError."""
+    local.make_dirs(hidden(root, "undo"))
+    number = f"{max([0, *(int(n) for n in operations(root))]) + 1:08d}"
+    place = hidden(root, "undo", number)
+    local.make_dirs(place)
+    local.replace(place / PLAN, f"{json.dumps({'what': what})}\n".encode())
+    return number
+
+
+def operations(root: Path) -> list[str]:
+    """Numbers of what can be undone, the newest last."""
+    return [name for name in local.names(hidden(root, "undo")) if name.isdigit()]
+
+
+def put(root: Path, number: str, name: str) -> None:
+    """Move a checkpoint, or a file of one (NAME/FILE), out of the run."""
+    target = hidden(root, "undo", number, name if "/" not in name else f"{_strip_place(name)}")
+    local.make_dirs(target.parent)
+    local.rename(root / name, target)
+
+
+def put_manifest(root: Path, number: str, name: str) -> None:
+    """Remember the manifest of a checkpoint that is about to be stripped."""
+    target = hidden(root, "undo", number, _strip_place(f"{name}/{codec.NAME}"))
+    local.make_dirs(target.parent)
+    local.replace(target, local.read(root / name / codec.NAME, codec.LIMIT))
+
+
+def _strip_place(name: str) -> str:
+    checkpoint, _, file = name.partition("/")
+    return f"{checkpoint}.stripped/{file}"
+
+
+def size(root: Path) -> int:
+    """Bytes that emptying would free."""
+    total = 0
+    for folder, _, files in os.walk(hidden(root, "undo")):
+        total += sum(local.size(Path(folder) / name) or 0 for name in files)
+    return total
+
+
+def undo(root: Path) -> list[str]:
+    """Bring back what the newest operation removed; what was done, in words. Raises NoCheckpoint if there is none."""
+    numbers = operations(root)
+    if not numbers:
+        raise NoCheckpoint(
+            "there is nothing to undo", hint="space that was freed at once (prune --now), or for a save, is gone"
+        )
+    place, done = hidden(root, "undo", numbers[-1]), []
+    for name in local.names(place):
+        if name.endswith(".stripped"):
+            done.append(_unstrip(root, place / name, name.removesuffix(".stripped")))
+        elif step_of(name) is not None:
+            done.append(_bring_back(root, place / name, name))
+    local.remove(place)
+    return done
+
+
+def _bring_back(root: Path, source: Path, name: str) -> str:
+    target = root / name
+    if os.path.lexists(target):  # saved again in the meantime: both stay
+        target = root / f"{name.partition('.')[0]}.{_id(source)[:8]}"
+    local.rename(source, target)
+    journal.append(root, "restored", name=target.name, id=_id(target))
+    return f"{target.name} is back"
+
+
+def _unstrip(root: Path, source: Path, name: str) -> str:
+    directory = root / name
+    if not (directory / codec.NAME).is_file() or _id(directory) != _id(source):
+        return f"{name} isn't there any more; its files were dropped"
+    old = local.read(source / codec.NAME, codec.LIMIT)
+    for folder, _, files in os.walk(source):
+        for name_inside in files:
+            file = (Path(folder) / name_inside).relative_to(source)
+            if file.as_posix() in guard.NAMES:
+                local.unlink(directory / file)
+            if file.as_posix() != codec.NAME:
+                local.make_dirs((directory / file).parent)
+                local.rename(source / file, directory / file)
+    # The manifest last: the checkpoint is full again when all of its files are there.
+    local.replace(directory / codec.NAME, old)
+    journal.append(root, "restored", name=name, id=_id(directory))
+    return f"{name} is full again"
+
+
+def empty(root: Path) -> int:
+    """Free the space; returns the bytes."""
+    total = size(root)
+    for number in operations(root):
+        grave = hidden(root, "trash", new_id())
+        local.make_dirs(grave.parent)
+        local.vanish(hidden(root, "undo", number), grave)
+        local.remove(grave)
+    return total
+
+
+def _id(directory: Path) -> str:
+    try:
+        value: Any = json.loads(local.read(directory / codec.NAME, codec.LIMIT))
+    except (OSError, ValueError, RecursionError):
+        return new_id()
+    return str(value.get("id")) if isinstance(value, dict) else new_id()

@@ -1,0 +1,54 @@
+"""The user's quota on a Linux file system, by quotactl(2); None everywhere else."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+_GETQUOTA = 0x800007
+_BLOCK = 1024
+"""Limits are in blocks of 1024 bytes (linux/quota.h, QIF_DQBLKSIZE)."""
+
+
+class _Dqblk(ctypes.Structure):
+    _fields_ = [
+        ("hard", ctypes.c_uint64),
+        ("soft", ctypes.c_uint64),
+        ("used", ctypes.c_uint64),
+        *[(f"inode_{name}", ctypes.c_uint64) for name in ("hard", "soft", "used")],
+        *[(f"time_{name}", ctypes.c_uint64) for name in ("block", "inode")],
+        ("valid", ctypes.c_uint32),
+    ]
+
+
+def quota(path: Path) -> tuple[int, int] | None:
+    """(bytes used, bytes allowed) of this user where `path` lies; None if there is no quota or nobody says."""
+    device = _device(path) if sys.platform == "linux" else None
+    if device is None:
+        return None
+    block = _Dqblk()
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.quotactl(ctypes.c_int(_GETQUOTA << 8), device.encode(), os.getuid(), ctypes.byref(block)) != 0:
+            return None
+    except (OSError, AttributeError):
+        return None
+    limit = (block.hard or block.soft) * _BLOCK
+    return (block.used, limit) if limit else None
+
+
+def _device(path: Path) -> str | None:
+    """The block device that a path lies on, from /proc/self/mountinfo (proc(5))."""
+    try:
+        number = os.stat(path).st_dev
+        wanted = f"{os.major(number)}:{os.minor(number)}"
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            fields, _, rest = line.partition(" - ")
+            if fields.split()[2] == wanted:
+                source = rest.split()[1]
+                return source if source.startswith("/dev/") else None
+    except (OSError, IndexError):
+        pass
+    return None

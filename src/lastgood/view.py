@@ -1,0 +1,157 @@
+"""A run as people look at it: managed or not, every tool's checkpoints in one list. Read-only, without torch.
+
+A checkpoint that another tool wrote gets the record it would have if it were adopted, so that
+`latest`, `best` and a policy can be asked about it. Only retention keeps to what is really ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from lastgood import policy
+from lastgood.errors import LastgoodError
+from lastgood.layouts import scan, trainer
+from lastgood.layouts.found import Found
+from lastgood.model import FileEntry, Manifest, Record
+from lastgood.policy import Keep, Mode, known_mode
+from lastgood.repo import pins, verify
+from lastgood.repo.read import records
+from lastgood.repo.run import read_policy, read_run
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """native: what is on disk by the one definition. records: the same and other tools' checkpoints, all readable.
+
+    monitor, mode: the metric that "best" means. keep: the run's own policy, if it is known.
+    """
+
+    root: Path
+    native: tuple[Record, ...]
+    records: tuple[Record, ...]
+    found: Mapping[str, Found] = field(default_factory=dict)
+    monitor: str | None = None
+    mode: Mode | None = None
+    keep: Keep | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def run(self) -> str | None:
+        """The id of the managed run; None for one that isn't managed."""
+        return read_run(self.root)
+
+    @property
+    def layout(self) -> str:
+        """The tool that wrote the run: "lastgood", or another's name."""
+        kinds = {record.layout or "lastgood" for record in self.records if record.state != "foreign"}
+        return "lastgood" if "lastgood" in kinds or not kinds else sorted(kinds)[0]
+
+    def path(self, record: Record) -> Path:
+        return self.root / record.name
+
+    def adopted_or_ours(self, record: Record) -> bool:
+        """Whether it carries a manifest of this run."""
+        return bool(record.id) and record.ours
+
+    def decisions(self) -> tuple[policy.Decision, ...]:
+        """What the run's own policy says of each checkpoint now: why it is kept."""
+        keep = self.keep or Keep(monitor=self.monitor, mode=self.mode)
+        return policy.decide(self.records, keep)
+
+    def problems(self, record: Record, *, full: bool, progress: Any = None) -> tuple[str, ...]:
+        """What is wrong with a checkpoint: by its hashes if it has any, by its structure otherwise."""
+        if record.name in self.found:
+            return scan.problems(self.path(record), record.layout, full=full)
+        if record.state == "foreign" and record.manifest is not None:
+            record = msgspec.structs.replace(record, state="full")
+        return verify.problems(self.root, record, full=full, progress=progress)
+
+    def arguments(self, record: Record) -> Mapping[str, object]:
+        """The training arguments that it was saved under."""
+        if record.name in self.found or record.layout:
+            return trainer.arguments(self.path(record))
+        return record.manifest.arguments if record.manifest is not None else {}
+
+
+def look(root: Path, *, outline: bool = False) -> View:
+    """Everything there is in a run directory. outline: without arguments and environment, for listings."""
+    native = records(root, outline=outline)
+    found = {r.name: scan.look(root / r.name) for r in native if r.state == "stock"}
+    found |= {item.path.relative_to(root).as_posix(): item for item in scan.scan(root)}
+    managed = any(record.ours for record in native)
+    order = sorted(found, key=lambda name: (found[name].step, name))
+    others = {name: _record(name, found[name], place, managed) for place, name in enumerate(order, 1)}
+    everything = [others.get(record.name, record) for record in native]
+    everything += [record for name, record in others.items() if all(name != r.name for r in native)]
+    everything.sort(key=lambda record: (record.step, record.seq, record.name))
+    keep = _policy(root)
+    monitor, mode = _metric(root, everything, keep)
+    return View(root, native, tuple(everything), found, monitor, mode, keep, pins.read_notes(root))
+
+
+def _record(name: str, item: Found, place: int, managed: bool) -> Record:
+    manifest = Manifest(
+        format=0,
+        id="",
+        run="",
+        step=max(item.step, 0),
+        seq=place,
+        lineage=((1, place),),
+        created=item.created,
+        parts=dict(item.parts),
+        files={file: FileEntry(size, "") for file, size in item.files.items()},
+        facts={} if item.loss is None else {"loss": item.loss},
+        layout=item.layout,
+    )
+    state: Any = item.state
+    return Record(
+        name=name,
+        step=item.step,
+        state=state,
+        manifest=manifest,
+        metrics=item.metrics,
+        current=not managed,
+        problem=item.problem,
+        layout=item.layout,
+    )
+
+
+def _policy(root: Path) -> Keep | None:
+    options: dict[str, Any] = read_policy(root)
+    try:
+        return Keep(**options) if options else None
+    except (LastgoodError, TypeError):  # written by a version with other options
+        return None
+
+
+def _metric(root: Path, everything: Sequence[Record], keep: Keep | None) -> tuple[str | None, Mode | None]:
+    """The policy's metric, else that in the newest checkpoint's arguments, else a well-known one that is recorded."""
+    if keep is not None and keep.monitor is not None:
+        return keep.monitor, keep.mode
+    newest = max((r for r in everything if r.ours), key=lambda r: (r.current, r.seq), default=None)
+    if newest is None:
+        return None, None
+    saved = _arguments(root, newest)
+    name = saved.get("metric_for_best_model")
+    if isinstance(name, str) and name:
+        greater = saved.get("greater_is_better")
+        mode: Mode | None = known_mode(name) if greater is None else "max" if greater else "min"
+        full = name if any(name in r.metrics for r in everything) else f"eval_{name.removeprefix('eval_')}"
+        return full, mode
+    recorded = {metric for record in everything for metric in record.metrics}
+    for metric in ("eval_loss", "val_loss", *sorted(recorded)):
+        if metric in recorded and known_mode(metric) is not None:
+            return metric, known_mode(metric)
+    return None, None
+
+
+def _arguments(root: Path, record: Record) -> Mapping[str, object]:
+    if record.layout:
+        return trainer.arguments(root / record.name) if record.layout in ("trainer", "fsdp", "deepspeed") else {}
+    whole = verify.whole(root, record)
+    return whole.arguments if whole is not None else {}
