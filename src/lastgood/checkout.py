@@ -1,14 +1,11 @@
-"""checkout: a plain, independent copy of a checkpoint, checked as it is made, that appears all at once. No torch."""
+"""checkout: a plain, independent copy of a checkpoint, checked as it is made. No torch."""
 
 from __future__ import annotations
 
-import os
-import secrets
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
 
-from lastgood.errors import CorruptCheckpoint, NotEnoughSpace, NotSupported, SaveFailed, UsageError
+from lastgood.errors import CorruptCheckpoint, NotSupported
 from lastgood.format import guard
 from lastgood.model import Record
 from lastgood.store import local
@@ -57,39 +54,3 @@ def copy(
             )
         if progress is not None:
             progress(copied.size)
-
-
-@contextmanager
-def appearing(target: Path) -> Iterator[Path]:
-    """A new directory to fill, which gets its name when everything is in it and durable; on an error it is removed.
-
-    Raises UsageError if the name is taken, NotEnoughSpace or SaveFailed for the disk.
-    """
-    if os.path.lexists(target) and (not target.is_dir() or local.names(target)):
-        raise UsageError(f"{target} exists already", hint="name a directory that doesn't exist yet")
-    parent = target.absolute().parent
-    if not parent.is_dir():
-        raise UsageError(f"{parent} is not a directory", hint="make it first")
-    staging = parent / f".{target.name}.{secrets.token_hex(4)}"
-    try:
-        staging.mkdir()
-        try:
-            yield staging
-            files = [path for path in staging.rglob("*") if path.is_file()]
-            local.sync_files(files)
-            for folder in sorted({path.parent for path in files} | {staging}, key=lambda p: -len(p.parts)):
-                local.sync_dir(folder)
-            if target.is_dir():
-                target.rmdir()  # it is empty
-            local.rename(staging, target)
-        except BaseException:
-            with suppress(OSError):
-                local.remove_tree(staging)
-            raise
-    except SaveFailed:
-        raise
-    except OSError as error:
-        kind = NotEnoughSpace if error.errno in (28, 122) else SaveFailed
-        raise kind(
-            f"{target}: {error.strerror or error}; nothing was left there", hint="free space, or another directory"
-        ) from error

@@ -9,19 +9,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from lastgood import policy
 from lastgood.errors import LastgoodError
-from lastgood.layouts import scan, trainer
-from lastgood.layouts.found import Found
 from lastgood.model import FileEntry, Manifest, Record
 from lastgood.policy import Keep, Mode, known_mode
 from lastgood.repo import pins, verify
+from lastgood.repo.layout import HIDDEN, step_of
 from lastgood.repo.read import records
 from lastgood.repo.run import read_policy, read_run
+from lastgood.store import local
+
+if TYPE_CHECKING:
+    from lastgood.layouts.found import Found
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,8 @@ class View:
     def problems(self, record: Record, *, full: bool, progress: Any = None) -> tuple[str, ...]:
         """What is wrong with a checkpoint: by its hashes if it has any, by its structure otherwise."""
         if record.name in self.found:
+            from lastgood.layouts import scan
+
             return scan.problems(self.path(record), record.layout, full=full)
         if record.state == "foreign" and record.manifest is not None:
             record = msgspec.structs.replace(record, state="full")
@@ -74,15 +79,14 @@ class View:
     def arguments(self, record: Record) -> Mapping[str, object]:
         """The training arguments that it was saved under."""
         if record.name in self.found or record.layout:
-            return trainer.arguments(self.path(record))
+            return _trainer_arguments(self.path(record), record.layout)
         return record.manifest.arguments if record.manifest is not None else {}
 
 
 def look(root: Path, *, outline: bool = False) -> View:
     """Everything there is in a run directory. outline: without arguments and environment, for listings."""
     native = records(root, outline=outline)
-    found = {r.name: scan.look(root / r.name) for r in native if r.state == "stock"}
-    found |= {item.path.relative_to(root).as_posix(): item for item in scan.scan(root)}
+    found = _others(root, native)
     managed = any(record.ours for record in native)
     order = sorted(found, key=lambda name: (found[name].step, name))
     others = {name: _record(name, found[name], place, managed) for place, name in enumerate(order, 1)}
@@ -92,6 +96,25 @@ def look(root: Path, *, outline: bool = False) -> View:
     keep = _policy(root)
     monitor, mode = _metric(root, everything, keep)
     return View(root, native, tuple(everything), found, monitor, mode, keep, pins.read_notes(root))
+
+
+def _others(root: Path, native: Sequence[Record]) -> dict[str, Found]:
+    """Name in the run -> what another tool wrote there."""
+    stock = [record.name for record in native if record.state == "stock"]
+    if not stock and all(step_of(name) is not None or name == HIDDEN for name in local.names(root)):
+        return {}  # a managed run, mostly: no need to know any other tool
+    from lastgood.layouts import scan
+
+    found = {name: scan.look(root / name) for name in stock}
+    return found | {item.path.relative_to(root).as_posix(): item for item in scan.scan(root)}
+
+
+def _trainer_arguments(path: Path, layout: str) -> Mapping[str, object]:
+    if layout not in ("trainer", "fsdp", "deepspeed"):
+        return {}
+    from lastgood.layouts import trainer
+
+    return trainer.arguments(path)
 
 
 def _record(name: str, item: Found, place: int, managed: bool) -> Record:
@@ -152,6 +175,6 @@ def _metric(root: Path, everything: Sequence[Record], keep: Keep | None) -> tupl
 
 def _arguments(root: Path, record: Record) -> Mapping[str, object]:
     if record.layout:
-        return trainer.arguments(root / record.name) if record.layout in ("trainer", "fsdp", "deepspeed") else {}
+        return _trainer_arguments(root / record.name, record.layout)
     whole = verify.whole(root, record)
     return whole.arguments if whole is not None else {}

@@ -12,6 +12,7 @@ from lastgood.cli.checkout import need_torch
 from lastgood.cli.place import REV, pick, place, run_option
 from lastgood.errors import CorruptCheckpoint, UsageError
 from lastgood.model import Record
+from lastgood.store.appear import appearing
 from lastgood.view import View, look
 
 
@@ -50,7 +51,7 @@ def average(root: str | None, revs: tuple[str, ...], directory: Path, shares: st
     newest = records[-1]
     names = [n for n in copying.model_files(newest) if not n.endswith((".safetensors", ".safetensors.index.json"))]
     single = "adapter_model" if "adapter_config.json" in names else "model"
-    with copying.appearing(directory) as staging:
+    with appearing(directory) as staging:
         copying.copy(view.path(newest), newest, names, staging)
         taken = mean(sources, parts, staging / f"{single}.safetensors")
     for record, part in zip(records, parts, strict=True):

@@ -18,6 +18,8 @@ from lastgood.cli.place import REV, pick, place, run_option
 from lastgood.cli.verify import _progress
 from lastgood.errors import CorruptCheckpoint, NotSupported, UsageError
 from lastgood.model import Record
+from lastgood.repo import after
+from lastgood.store.appear import appearing
 from lastgood.view import View, look
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -62,7 +64,7 @@ def _plain(view: View, record: Record, directory: Path, dtype: str | None) -> No
     total = sum(sizes[name].size for name in names)
     if dtype is not None:
         need_torch("--dtype")
-    with _progress(total) as advance, copying.appearing(directory) as staging:
+    with _progress(total) as advance, appearing(directory) as staging:
         _sound(view, record, names)
         copying.copy(view.path(record), record, names, staging, progress=advance)
         if dtype is not None:
@@ -119,6 +121,8 @@ def _merged(view: View, record: Record, directory: Path, base: Path | None, dtyp
 
 def _trainer(view: View, record: Record, directory: Path) -> None:
     need_torch("--format trainer")
+    from lastgood.convert.content import PENDING
+    from lastgood.convert.evaluated import catch_up
     from lastgood.convert.read import read
     from lastgood.convert.write import to_trainer
 
@@ -128,13 +132,16 @@ def _trainer(view: View, record: Record, directory: Path) -> None:
         raise CorruptCheckpoint(f"{record.name} is damaged: {fault}", hint="check out another one")
     if record.layout == "trainer":
         names = list(record.manifest.files) if record.manifest is not None else []
-        with copying.appearing(directory) as staging:
+        with appearing(directory) as staging:
             copying.copy(view.path(record), record, names, staging)
         _done(record, directory, f"{len(names)} files as the Trainer wrote them")
         return
     content = read(view.path(record), record.layout, record.manifest)
+    evaluation = after.read(view.root, record.id)
+    if PENDING in content.rest and evaluation is not None:
+        catch_up(content, evaluation)
     to_trainer(content, directory)
-    if content.rest.get("pending_evaluation"):
+    if PENDING in content.rest:
         click.echo(
             f"note: an evaluation was still due at step {record.step}; a stock Trainer doesn't make up for it, and what"
             " the evaluation would have drawn from the random generators isn't drawn",

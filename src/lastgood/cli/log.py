@@ -10,7 +10,6 @@ from typing import Any
 import click
 
 from lastgood.cli import memory, text
-from lastgood.cli.graph import lanes
 from lastgood.cli.place import place, run_option
 from lastgood.cli.table import Column, Row, Style, choose, emit, emit_json, lines, options, ordered, terminal_width
 from lastgood.model import Record
@@ -57,6 +56,8 @@ def log(
         default.insert(1, "name")
     table = lines(choose(known, default, style), shown, style, columns_wide=terminal_width())
     if graph and style.header:
+        from lastgood.cli.graph import lanes
+
         table = [f"{mark}{line}" for mark, line in zip(lanes(shown), table, strict=True)]
     if style.header:
         table = [_title(path, head, rows), *table, *_foot(path, head, rows, shown)]

@@ -7,7 +7,6 @@ in place changes none of these; `verify` and every resume look at the files them
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -29,6 +28,8 @@ def remembered(root: Path, key: str, read: Callable[[], Listing]) -> Listing:
     home = None if len(names) < FROM else _home()
     if home is None:
         return read()
+    import hashlib
+
     import msgspec
 
     state = _state(root, names, key)
@@ -64,6 +65,8 @@ def _home() -> Path | None:
 
 def _state(root: Path, names: list[str], key: str) -> bytes:
     """A hash over the times of everything that a listing depends on."""
+    import hashlib
+
     from lastgood import __version__
 
     base = os.fspath(root)

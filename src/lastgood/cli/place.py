@@ -54,8 +54,6 @@ def run_option(function: F) -> F:
 
 def find_run(asked: str | None) -> Path:
     """The run that was asked for, or the one that the current directory is in. Raises NoRun."""
-    from lastgood.layouts.scan import is_run
-
     named = asked or os.environ.get("LASTGOOD_RUN")
     if named:
         path = Path(named)
@@ -72,13 +70,25 @@ def find_run(asked: str | None) -> Path:
     if is_run(here):
         return here
     for path in here.parents:
-        # Above the current directory only what is sure: a home directory may hold anything.
-        if (path / HIDDEN).is_dir() or any(step_of(name) is not None for name in local.names(path)):
+        if _surely(path):  # above the current directory nothing else: a home directory may hold anything
             return path
     raise NoRun(
         f"no run here: neither {text.plain(os.fspath(here))} nor any directory above it holds checkpoints",
         hint="cd into the run, or name it: lastgood -C DIR ...",
     )
+
+
+def is_run(path: Path) -> bool:
+    """Whether a directory is managed or holds checkpoints of any tool."""
+    if _surely(path):
+        return True
+    from lastgood.layouts.scan import holds_any
+
+    return holds_any(path)
+
+
+def _surely(path: Path) -> bool:
+    return (path / HIDDEN).is_dir() or any(step_of(name) is not None for name in local.names(path))
 
 
 def place(asked: str | None, word: str | None) -> tuple[Path, str | None]:
@@ -91,8 +101,6 @@ def place(asked: str | None, word: str | None) -> tuple[Path, str | None]:
 
 
 def _from_path(path: Path) -> tuple[Path, str | None]:
-    from lastgood.layouts.scan import is_run
-
     if path.is_dir() and is_run(path):
         return path, None
     absolute = Path(os.path.abspath(path))

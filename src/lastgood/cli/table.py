@@ -106,23 +106,41 @@ def lines(
     """The table as text. columns_wide: the terminal's width; None doesn't cut anything."""
     if not style.header:
         return ["\t".join(_exact(row.get(c.key)) for c in columns) for row in rows]
-    cells = [[text.plain(c.show(row[c.key])) if row.get(c.key) is not None else "-" for c in columns] for row in rows]
+    cells = [_cells(column, rows) for column in columns]
     titles = [column.title for column in columns]
-    widths = [max(map(text.width, column)) for column in zip(titles, *cells, strict=True)]
+    widths = [max(text.width(title), _widest(column)) for title, column in zip(titles, cells, strict=True)]
     if columns_wide is not None:
         _narrow(columns, widths, columns_wide)
-    return [click.style(_line(columns, titles, widths), bold=True), *(_line(columns, row, widths) for row in cells)]
+    shown = [
+        _padded([title, *column], width, spec.right)
+        for spec, title, column, width in zip(columns, titles, cells, widths, strict=True)
+        if width
+    ]
+    table = ["  ".join(row).rstrip() for row in zip(*shown, strict=True)]
+    return [click.style(table[0], bold=True), *table[1:]]
 
 
-def _line(columns: Sequence[Column], cells: Sequence[str], widths: Sequence[int]) -> str:
-    parts = []
-    for column, cell, wide in zip(columns, cells, widths, strict=True):
-        if wide == 0:
-            continue
-        short = cell if len(cell) <= wide and cell.isascii() else text.fit(cell, wide)
-        gap = " " * (wide - text.width(short))
-        parts.append(gap + short if column.right else short + gap)
-    return "  ".join(parts).rstrip()
+# Column by column, and with one look at all of a column's text: a listing may have ten thousand rows.
+
+
+def _cells(column: Column, rows: Sequence[Row]) -> list[str]:
+    key, show = column.key, column.show
+    cells = [show(row[key]) if row.get(key) is not None else "-" for row in rows]
+    whole = "".join(cells)
+    return cells if whole.isascii() and whole.isprintable() else [text.plain(cell) for cell in cells]
+
+
+def _widest(cells: Sequence[str]) -> int:
+    ascii_only = "".join(cells).isascii()
+    return max(map(len if ascii_only else text.width, cells), default=0)
+
+
+def _padded(cells: Sequence[str], wide: int, right: bool) -> list[str]:
+    if "".join(cells).isascii() and max(map(len, cells)) <= wide:
+        return [cell.rjust(wide) for cell in cells] if right else [cell.ljust(wide) for cell in cells]
+    short = [text.fit(cell, wide) for cell in cells]
+    gaps = [" " * (wide - text.width(cell)) for cell in short]
+    return [gap + cell if right else cell + gap for gap, cell in zip(gaps, short, strict=True)]
 
 
 def _narrow(columns: Sequence[Column], widths: list[int], wide: int) -> None:

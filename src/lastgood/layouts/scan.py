@@ -29,19 +29,19 @@ def look(path: Path) -> Found:
     return trainer.look(path)
 
 
+def recognised(path: Path) -> bool:
+    """Whether this path itself is a checkpoint of Lightning, Accelerate or torch.distributed."""
+    return lightning.recognises(path) or accelerate.recognises(path) or dcp.recognises(path)
+
+
 def problems(path: Path, layout: str, *, full: bool) -> tuple[str, ...]:
     """What is wrong with the structure of a checkpoint; () if nothing."""
     tool = _TOOLS.get(layout)
     return trainer.problems(path, full=full) if tool is None else tool.problems(path, full=full)
 
 
-def is_run(path: Path) -> bool:
-    """Whether a directory holds checkpoints of any kind, or is managed."""
-    if is_directory(path / HIDDEN):
-        return True
-    names = local.names(path)
-    if any(step_of(name) is not None for name in names):
-        return True
+def holds_any(path: Path) -> bool:
+    """Whether a directory holds checkpoints of other tools, outside of checkpoint-N directories."""
     return next(_candidates(path), None) is not None
 
 

@@ -14,7 +14,7 @@ from lastgood.format import guard
 from lastgood.format import manifest as codec
 from lastgood.model import FileEntry, Manifest, Record
 from lastgood.policy import Decision
-from lastgood.repo import bin, journal
+from lastgood.repo import after, bin, journal
 from lastgood.repo.layout import HIDDEN, hidden, new_id
 from lastgood.repo.read import records
 from lastgood.store import local
@@ -97,6 +97,7 @@ def _delete(root: Path, item: Item, undoable: str | None) -> None:
     local.vanish(root / name, grave)
     journal.append(root, "deleted", **facts, bytes=item.bytes, reasons=item.reasons)
     local.remove_tree(grave)
+    after.remove(root, item.record.id)
 
 
 def _grave(root: Path) -> Path:

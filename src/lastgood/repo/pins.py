@@ -8,8 +8,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from lastgood.errors import RunLocked, UsageError
 from lastgood.repo.layout import hidden
 from lastgood.store import local
@@ -95,6 +93,8 @@ def write_note(root: Path, id: str, text: str) -> None:
 @contextmanager
 def _alone(root: Path) -> Iterator[None]:
     """Two people who tag at the same moment must not lose one of the tags. Not the run's lock: training goes on."""
+    from filelock import FileLock, Timeout  # reading needs none of it
+
     lock = FileLock(hidden(root, "pins.lock"), timeout=10)
     try:
         with lock:

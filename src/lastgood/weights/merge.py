@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lastgood.errors import Incompatible, LastgoodError, SaveFailed, UsageError
+from lastgood.errors import Incompatible
 from lastgood.store import local
+from lastgood.store.appear import appearing
 from lastgood.weights.adapter import Adapter
 from lastgood.weights.base import Base, find_base, weight_of
 from lastgood.weights.cast import dtype_named
@@ -65,10 +64,7 @@ def merge(adapter_dir: Path, base: Path | None, target: Path, dtype: str | None 
     wanted = dtype_named(dtype) if dtype is not None else None
     adapter = Adapter.open(adapter_dir)
     source = Base.open(find_base(adapter.config) if base is None else base, adapter)
-    if target.exists() or target.is_symlink():
-        raise UsageError(f"{target} exists already", hint="choose a new directory")
-    local.make_dirs(target.parent)
-    with _staging(target) as staging:
+    with appearing(target) as staging:
         name = _write(source, adapter_dir, staging, wanted)
         copied = _copy_tokenizer(adapter_dir, source.path, staging)
         # Both are read anew: what counts is what is on disk.
@@ -81,9 +77,6 @@ def merge(adapter_dir: Path, base: Path | None, target: Path, dtype: str | None 
         files_checked = check_files(source.weights, Weights.open(written), changed, wanted) if source.weights else 0
         for path in written:
             local.adopt(path)
-        local.sync_files([path for path in staging.iterdir() if path.is_file()])
-        local.sync_dir(staging)
-        local.rename(staging, target)
     return MergeReport(
         target=target,
         base=source.path,
@@ -94,21 +87,6 @@ def merge(adapter_dir: Path, base: Path | None, target: Path, dtype: str | None 
         files_checked=files_checked,
         copied=tuple(copied),
     )
-
-
-@contextmanager
-def _staging(target: Path) -> Iterator[Path]:
-    staging = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-    staging.mkdir()
-    try:
-        yield staging
-    except OSError as error:
-        if isinstance(error, LastgoodError):
-            raise
-        raise SaveFailed(f"{target} can't be written: {error.strerror or error}") from error
-    finally:
-        if staging.is_dir():
-            local.remove_tree(staging)
 
 
 def _write(source: Base, adapter_dir: Path, staging: Path, wanted: torch.dtype | None) -> str:

@@ -127,13 +127,34 @@ def callback_states(trainer: Any) -> list[dict[str, Any]]:
 
 def trainer_state(trainer: Any) -> bytes:
     """trainer_state.json as the stock Trainer writes it, so that notebooks and plots keep working."""
+    return _json(_state(trainer), indent=2)
+
+
+def after_evaluation(trainer: Any, rows: int) -> dict[str, Any]:
+    """What an evaluation changed since the save of the same step (repo/after.py). rows: of the log at the save."""
+    state = _state(trainer)
+    log = state.pop("log_history")
+    tensors: dict[str, torch.Tensor] = {}
+    scheduler = tree.encode(trainer.lr_scheduler.state_dict(), tensors, "scheduler")
+    return {
+        "format": 1,
+        "rng": rng.encode(rng.capture()),
+        "trainer_state": state,
+        "rows": log[rows:],
+        "scheduler": None if tensors else scheduler,
+        "rates": [float(group["lr"]) for group in trainer.optimizer.param_groups],
+    }
+
+
+def _state(trainer: Any) -> dict[str, Any]:
     states: dict[str, list[Any]] = {}
     for callback in [*trainer.callback_handler.callbacks, trainer.control]:
         if isinstance(callback, ExportableState):
             states.setdefault(type(callback).__name__, []).append(callback.state())
     # One state as itself, several of the same class as a list: what the stock Trainer reads back.
     trainer.state.stateful_callbacks.update({name: found if found[1:] else found[0] for name, found in states.items()})
-    return _json(_valid(asdict(trainer.state)), indent=2)
+    plain: dict[str, Any] = _valid(asdict(trainer.state))
+    return plain
 
 
 def _valid(value: Any) -> Any:

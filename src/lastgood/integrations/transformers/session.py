@@ -20,7 +20,7 @@ from lastgood.integrations.transformers.restore import Source
 from lastgood.integrations.transformers.resume import Fresh, Target, resolve
 from lastgood.manager import Manager
 from lastgood.model import Record, finite
-from lastgood.repo import journal
+from lastgood.repo import after, journal
 from lastgood.report import Change, Report
 from lastgood.state import rng
 from lastgood.state.data import Tracker
@@ -52,6 +52,7 @@ class Session:
     unsaved_metrics: dict[int, Mapping[str, Any]] = field(default_factory=dict)
     changed: list[Change] = field(default_factory=list)
     saved_step: int = -1
+    saved_rows: int = 0  # of the Trainer's log, at that save
     card: dict[str, bytes] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)  # what doesn't change while training
@@ -219,7 +220,7 @@ class Session:
         )
         if record is None:
             return None
-        self.saved_step = step
+        self.saved_step, self.saved_rows = step, len(trainer.state.log_history)
         if step in self.unsaved_metrics:  # save_strategy="best" evaluates first
             self.live.record(step, self.unsaved_metrics.pop(step))
         decisions = self.live.retain()
@@ -240,6 +241,9 @@ class Session:
         if step in self.live.saved:
             self.live.record(step, values)
             self._set_best(self.live.records())
+            if step == self.saved_step and not self.trainer.args.save_only_model:
+                changed = capture.after_evaluation(self.trainer, self.saved_rows)
+                after.write(self.live.root, self.live.saved[step].id, changed)
         else:
             self.unsaved_metrics = {step: values}
 
