@@ -15,7 +15,7 @@ from lastgood.errors import NoCheckpoint, NotSupported
 from lastgood.format.manifest import safe_name
 from lastgood.layouts import trainer
 from lastgood.layouts.found import Found
-from lastgood.repo.adopt import Candidate
+from lastgood.repo.adopt import Candidate, Chain
 from lastgood.repo.adopt import adopt as give_manifests
 from lastgood.repo.layout import step_of
 from lastgood.view import View, look
@@ -39,7 +39,7 @@ def adopt(root: str | None, run: str | None, dry_run: bool, yes: bool) -> None:
         chains, skipped = candidates(view)
         for name, reason in skipped:
             click.echo(f"SKIP   {text.plain(name)}  {text.plain(reason)}")
-        chosen = [item for chain in chains for item in chain]
+        chosen = [item for chain in chains for item in chain.items]
         if not chosen:
             raise _nothing(view, skipped)
         total = sum((item.path / name).stat().st_size for item in chosen for name in item.files)
@@ -56,11 +56,15 @@ def adopt(root: str | None, run: str | None, dry_run: bool, yes: bool) -> None:
         click.echo(f"adopted {len(chosen)} checkpoints; `lastgood log` lists them", err=True)
 
 
-def candidates(view: View) -> tuple[list[Sequence[Candidate]], list[tuple[str, str]]]:
+def candidates(view: View) -> tuple[list[Chain], list[tuple[str, str]]]:
     """(chains of checkpoints to adopt, (name, reason) of those left alone)."""
     skipped: list[tuple[str, str]] = []
     good: dict[Path, Found] = {}
-    stocks = []
+    adopted = {view.path(r): r for r in view.records if r.ours and r.id and r.layout in TRAINERS}
+    stocks = [
+        trainer.Stock(path=path, step=record.step, parts=(), history=trainer.history(path), problems=())
+        for path, record in adopted.items()
+    ]
     for record in view.records:
         if record.name not in view.found:
             continue
@@ -76,8 +80,17 @@ def candidates(view: View) -> tuple[list[Sequence[Candidate]], list[tuple[str, s
             continue
         good[item.path] = item
         stocks.append(stock)
-    chains = sorted(trainer.chain(stocks), key=lambda chain: chain[-1].step)
-    return [[_candidate(good[stock.path]) for stock in chain] for chain in chains], skipped
+    chains = []
+    for group in sorted(trainer.chain(stocks), key=lambda group: group[-1].step):
+        items = [_candidate(good[stock.path]) for stock in group if stock.path in good]
+        before = (
+            [adopted[stock.path] for stock in group if stock.path in adopted and stock.step < items[0].step]
+            if items
+            else []
+        )
+        if items:
+            chains.append(Chain(items, before[-1] if before else None))
+    return chains, skipped
 
 
 def _candidate(item: Found) -> Candidate:

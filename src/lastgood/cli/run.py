@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from lastgood.cli.resume import choose
 from lastgood.errors import NoCheckpoint, RunLocked, UsageError
 from lastgood.model import Record
 from lastgood.repo import gc, journal
-from lastgood.repo.adopt import adopt
+from lastgood.repo.adopt import Chain, adopt
 from lastgood.repo.layout import hidden, new_id
 from lastgood.repo.lock import RunLock
 from lastgood.store import local
@@ -97,6 +97,11 @@ def _choose(path: Path) -> Path | None:
     chosen, skipped = choose(view, "last", full=True)
     for name, reason in skipped:
         say(f"passed over {text.plain(name)}: {text.plain(reason)}")
+    # A stock Trainer would write into them again, under a manifest that tells of other bytes.
+    spoiled = [
+        name for name, _ in skipped if any(r.name == name and r.id and r.layout in TRAINERS for r in view.records)
+    ]
+    _set_aside(path, [record for record in view.records if record.name in spoiled])
     if chosen is None:
         raise NoCheckpoint(
             f"no checkpoint in {path} is good, so nothing is launched: a run that starts afresh here would be taken"
@@ -110,6 +115,10 @@ def _quarantine(path: Path) -> None:
     """Half-written directories make a stock Trainer crash at its next start; their bytes are kept for a look."""
     view = look(path)
     husks = [r for r in view.records if r.state == "incomplete" and _theirs(r)]
+    _set_aside(path, husks)
+
+
+def _set_aside(path: Path, husks: Sequence[Record]) -> None:
     if not husks:
         return
     with _locked(path):
@@ -118,7 +127,8 @@ def _quarantine(path: Path) -> None:
             local.make_dirs(target.parent)
             local.rename(path / record.name, target)
             journal.append(path, "quarantined", name=record.name, to=target.relative_to(path).as_posix())
-            say(f"{record.name} was half-written ({record.problem}); moved to {target.relative_to(path)}")
+            why = f"was half-written ({record.problem})" if record.problem else "is damaged"
+            say(f"{record.name} {why}; moved to {target.relative_to(path)}")
 
 
 def _theirs(record: Record) -> bool:
@@ -138,7 +148,7 @@ def _tidier(path: Path, rules: dict[str, Any]) -> Callable[[bool], None]:
         try:
             with _locked(path):
                 chains, _ = candidates(view)
-                adopt(path, [[item for item in chain if item.path.name in done] for chain in chains])
+                adopt(path, [Chain([i for i in c.items if i.path.name in done], c.after) for c in chains])
                 decisions = plan(look(path), rules)
                 gc.execute(path, gc.plan([d.record for d in decisions], decisions))
         except RunLocked:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lastgood.format import manifest as codec
-from lastgood.model import FORMAT, Manifest, Span, extend
+from lastgood.model import FORMAT, Manifest, Record, Span, extend, on_lineage
 from lastgood.repo import journal, metrics
 from lastgood.repo.layout import new_id
 from lastgood.repo.read import lineage_in_force, next_seq, records
@@ -30,13 +30,19 @@ class Candidate:
     loss: float | None = None
 
 
-def adopt(
-    root: Path, chains: Sequence[Sequence[Candidate]], *, progress: Callable[[int], None] | None = None
-) -> list[Manifest]:
-    """Write their manifests, each chain a branch of its own, the last one the current branch.
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Checkpoints of one run, oldest first. after: the checkpoint with a manifest that they continue, if any."""
 
-    In a run that has checkpoints of its own these stay current. Raises OSError; what was adopted until then stays
-    adopted, and calling again goes on with the rest.
+    items: Sequence[Candidate]
+    after: Record | None = None
+
+
+def adopt(root: Path, chains: Sequence[Chain], *, progress: Callable[[int], None] | None = None) -> list[Manifest]:
+    """Write their manifests. A chain that continues where the run is moves it on; the others are branches beside it.
+
+    In a run without checkpoints of its own the last chain becomes the current branch. Raises OSError; what was
+    adopted until then stays adopted, and calling again goes on with the rest.
     """
     run = read_run(root) or start_run(root)
     before = records(root)
@@ -44,10 +50,12 @@ def adopt(
     head = read_head(root, run)
     way: tuple[Span, ...] = lineage_in_force(own, head)
     seq, made = next_seq(before, head), []
+    newest = max((record.seq for record in own if on_lineage(record.seq, way)), default=0)
     for chain in chains:
-        lineage: tuple[Span, ...] = ()
-        parent = None
-        for item in sorted(chain, key=lambda item: item.step):
+        after = chain.after.manifest if chain.after is not None else None
+        lineage, parent = ((), None) if after is None else (after.lineage, after.id)
+        moves_on = after is not None and after.seq == newest
+        for item in sorted(chain.items, key=lambda item: item.step):
             lineage = extend(lineage, seq)
             manifest = _manifest(run, item, seq, lineage, parent, progress)
             if item.metrics:
@@ -56,7 +64,9 @@ def adopt(
             journal.append(root, "adopted", step=item.step, id=manifest.id, bytes=manifest.size)
             made.append(manifest)
             parent, seq = manifest.id, seq + 1
-    if own and made:
+        if moves_on and chain.items:
+            way, newest = lineage, seq - 1
+    if own and made and made[-1].lineage != way:
         write_head(root, Head(run=run, lineage=way, next=seq))
     return made
 
