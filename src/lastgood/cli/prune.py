@@ -112,7 +112,7 @@ def plan(view: View, rules: dict[str, Any], *, to_free: str | None = None, scope
     found = [msgspec.structs.replace(r, state="stock") if r.ours and not r.id and not scope.stock else r for r in found]
     if not any(record.id for record in found):
         found = [msgspec.structs.replace(r, current=True) if r.ours else r for r in found]
-    decisions = [_whole(decision) for decision in policy.decide(found, keep)]
+    decisions = [_whole(decision) for decision in policy.decide(found, keep, protect=view.protect)]
     if scope.abandoned:
         decisions = [_abandoned(decision) for decision in decisions]
     if to_free is None:

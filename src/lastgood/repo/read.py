@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-
-import msgspec
 
 from lastgood.errors import CorruptCheckpoint
 from lastgood.format import manifest as codec
-from lastgood.model import Manifest, Record, Span, on_lineage
+from lastgood.model import Manifest, Record, placed
 from lastgood.repo import metrics, pins
 from lastgood.repo.layout import step_of
-from lastgood.repo.run import Head, read_head, read_run
+from lastgood.repo.run import read_head, read_run
 from lastgood.store import local
 
 
@@ -36,26 +34,7 @@ def records(root: Path, *, outline: bool = False) -> tuple[Record, ...]:
         for name in local.names(root)
         if (step := step_of(name)) is not None and _is_directory(os.path.join(root, name))
     ]
-    way = lineage_in_force(found, read_head(root, run))
-    placed = [
-        msgspec.structs.replace(record, current=on_lineage(record.seq, way)) if record.ours else record
-        for record in found
-    ]
-    return tuple(sorted(placed, key=lambda record: (record.step, record.seq, record.name)))
-
-
-def lineage_in_force(found: Sequence[Record], head: Head | None) -> tuple[Span, ...]:
-    """The way to where the run is now: that of its newest save, unless a resume went back after it."""
-    newest = max((record for record in found if record.ours), key=lambda record: record.seq, default=None)
-    if head is not None and (newest is None or head.next > newest.seq):
-        return head.lineage
-    return newest.manifest.lineage if newest is not None and newest.manifest is not None else ()
-
-
-def next_seq(found: Sequence[Record], head: Head | None) -> int:
-    """The number of the next save: one more than any of the run, on whatever branch."""
-    newest = max((record.seq for record in found if record.ours), default=0)
-    return max(newest + 1, head.next if head is not None else 1)
+    return placed(found, read_head(root, run))
 
 
 def _record(
