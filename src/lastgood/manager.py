@@ -271,7 +271,7 @@ class Manager:
                     hint="set metric_for_best_model and greater_is_better",
                 )
             return list(policy.ranking(everything, self.keep.monitor, self.keep.mode))
-        return [r for r in own if r.step == what] or [r for r in everything if r.ours and r.step == what]
+        return list(policy.at_step(everything, what))
 
     def quarantine(self, names: tuple[str, ...]) -> None:
         """Move checkpoints of this run that failed verification out of the way; their bytes are kept for a look."""

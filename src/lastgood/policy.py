@@ -168,6 +168,12 @@ def latest(records: Sequence[Record]) -> Record | None:
     return max(full, key=lambda record: record.seq, default=None)
 
 
+def at_step(records: Sequence[Record], step: int) -> tuple[Record, ...]:
+    """What "the checkpoint of this step" means: the newest on the current branch, else those of branches left."""
+    own = sorted((r for r in records if r.ours and r.current and r.step == step), key=lambda r: -r.seq)
+    return tuple(own or (r for r in records if r.ours and r.step == step))
+
+
 def decide(records: Sequence[Record], keep: Keep, *, protect: Collection[str] = ()) -> tuple[Decision, ...]:
     """One decision per record, in the order given. `protect`: ids that stay as they are (a mapping gives reasons)."""
     mine = sorted((r for r in records if r.ours and r.current), key=lambda r: -r.seq)
