@@ -34,12 +34,16 @@ RUN = "0" * 16
 
 @dataclass(frozen=True, slots=True)
 class Save:
-    """A checkpoint is written. full_bytes: all of it, None if it holds the weights alone. created: in seconds."""
+    """A checkpoint is written. full_bytes: all of it, None if it holds the weights alone. created: in seconds.
+
+    values: metrics that are known by then, because the evaluation came first.
+    """
 
     step: int
     full_bytes: int | None
     weights_bytes: int
     created: float = 0.0
+    values: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +134,8 @@ class _Run:
             msgspec.structs.replace(r, name=checkpoint_name(r.step, r.id)) if r.name == name else r for r in self.disk
         ]
         state: State = "full" if manifest.full else "weights"
-        self.disk = placed([*aside, Record(name=name, step=event.step, state=state, manifest=manifest)], self.head)
+        new = Record(name=name, step=event.step, state=state, manifest=manifest, metrics=event.values)
+        self.disk = placed([*aside, new], self.head)
         self.next, self.parent, self.step, self.saved[event.step] = self.next + 1, id, event.step, id
 
     def retain(self) -> Moment:
