@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -11,14 +12,19 @@ from hypothesis import strategies as st
 
 from lastgood.errors import UsageError
 from lastgood.model import Manifest, Record
-from lastgood.policy import Keep, best, decide, known_mode, latest, metric_of, ranking
+from lastgood.policy import Decision, Keep, best, decide, enough, known_mode, latest, metric_of, ranking
 
 
 def record(
-    seq: int, state: Any = "full", loss: float | None = None, current: bool = True, pinned: tuple[str, ...] = ()
+    seq: int,
+    state: Any = "full",
+    loss: float | None = None,
+    current: bool = True,
+    pinned: tuple[str, ...] = (),
+    created: float = 0.0,
 ) -> Record:
     manifest = Manifest(
-        format=1, id=f"{seq:016x}", run="r" * 16, step=seq * 10, seq=seq, lineage=((1, seq),),
+        format=1, id=f"{seq:016x}", run="r" * 16, step=seq * 10, seq=seq, lineage=((1, seq),), created=created,
         parts={"model": ("m",)} | ({"progress": ("r",)} if state == "full" else {}),
     )  # fmt: skip
     return Record(
@@ -43,6 +49,7 @@ def histories(draw: Any) -> list[Record]:
             loss=draw(metric),
             current=draw(st.sampled_from([True, True, True, False])),
             pinned=draw(st.sampled_from([(), (), (), ("release",)])),
+            created=draw(st.floats(0, 100)),
         )
         for seq in range(1, count + 1)
     ]
@@ -59,6 +66,7 @@ def keeps(draw: Any) -> Keep:
         last=draw(number),
         best=None if monitor is None else draw(number),
         every=draw(st.none() | st.sampled_from([20, 30])),
+        within=draw(st.none() | st.sampled_from([1, 10.0, 1e9])),
         full=draw(number),
         monitor=monitor,
     )
@@ -160,6 +168,91 @@ def test_I10_what_is_in_use_stays_as_it_is(records: list[Record], keep: Keep, se
                 assert "resumed from here" in decision.reasons
 
 
+def gain(decision: Decision) -> int:
+    """Bytes that a decision frees: state is the larger part, and some checkpoints are larger than others."""
+    record = decision.record
+    whole = 30 + record.seq % 3 if record.state == "full" else 10
+    return {"keep": 0, "strip": whole - 10, "delete": whole}[decision.action]
+
+
+@given(histories(), keeps(), st.integers(0, 400))
+def test_enough_spares_what_is_held_and_frees_no_more_than_is_needed(
+    records: list[Record], keep: Keep, wanted: int
+) -> None:
+    planned = {d.record.name: d.action for d in decide(records, keep)}
+    chosen = enough(decide(records, keep), wanted, gain)
+    actions = {d.record.name: d.action for d in chosen}
+    assert [d.record for d in chosen] == records
+    newest = latest(records)
+    winner = best(records, keep.monitor, keep.mode) if keep.monitor and keep.mode else None
+    for r in records:
+        if r.pinned or not r.ours or not r.current or r is newest:
+            assert actions[r.name] == "keep"
+        assert actions[r.name] != "delete" or planned[r.name] == "delete", "nothing is deleted that the policy wants"
+    if winner is not None:
+        assert actions[winner.name] != "delete"
+    done = [d for d in chosen if d.action != "keep"]
+    freed = sum(map(gain, done))
+    may_go = sum(
+        gain(Decision(r, "delete" if planned[r.name] == "delete" else "strip", ("",)))
+        for r in records
+        if r.ours
+        and r.current
+        and not r.pinned
+        and r is not newest
+        and (planned[r.name] == "delete" or r.state == "full")
+    )
+    assert freed >= min(wanted, may_go)
+    assert not done or freed - max(map(gain, done)) < wanted, "the last one was still needed"
+    if any(d.action == "strip" for d in done):
+        assert all(actions[name] == "delete" for name, action in planned.items() if action == "delete"), (
+            "deletions first"
+        )
+    assert all(d.reasons and all(reason.strip() for reason in d.reasons) for d in chosen)
+
+
+@given(histories(), keeps(), st.integers(0, 400), st.integers(0, 100))
+def test_enough_takes_the_same_and_more_if_more_is_wanted(
+    records: list[Record], keep: Keep, wanted: int, more: int
+) -> None:
+    decisions = decide(records, keep)
+    less = {(d.record.name, d.action) for d in enough(decisions, wanted, gain) if d.action != "keep"}
+    assert less <= {(d.record.name, d.action) for d in enough(decisions, wanted + more, gain) if d.action != "keep"}
+    assert wanted or not less
+
+
+def test_enough_takes_the_oldest_and_says_why() -> None:
+    records = [record(seq) for seq in (3, 1, 4, 2)]
+    found = {d.record.seq: (d.action, d.reasons[-1]) for d in enough(decide(records, Keep(last=2)), 31, gain)}
+    spared = "not needed: enough is freed without it"
+    assert found == {
+        1: ("delete", "no rule keeps it: 4th newest of 4"), 2: ("keep", spared),
+        3: ("keep", "last 2/2"), 4: ("keep", "last 1/2"),
+    }  # fmt: skip
+    found = {d.record.seq: (d.action, d.reasons[-1]) for d in enough(decide(records, Keep(last=2)), 80, gain)}
+    assert found[3] == ("strip", "weights only: the space is needed")
+    assert found[4] == ("keep", "last 1/2")
+
+
+@given(histories(), st.floats(0.5, 120))
+def test_what_was_saved_shortly_before_the_newest_stays(records: list[Record], within: float) -> None:
+    mine = [r for r in records if r.ours and r.current and r.manifest is not None]
+    newest = max((r.manifest.created for r in mine if r.manifest is not None), default=0.0)
+    for decision in decide(records, Keep(within=within)):
+        r = decision.record
+        if r in mine and r.manifest is not None:
+            recent = newest - r.manifest.created <= within
+            assert (decision.action == "keep") == (recent or bool(r.pinned) or r is latest(records))
+            assert (f"saved within {within:g} s of the newest" in decision.reasons) == recent
+
+
+@given(keeps())
+def test_a_policy_is_its_options(keep: Keep) -> None:
+    assert Keep(**keep.options()) == keep
+    assert None not in keep.options().values()
+    assert Keep(**json.loads(json.dumps(keep.options()))) == keep
+
+
 def test_the_reasons_of_a_plain_case() -> None:
     losses = {1: 1.7, 2: 1.5, 3: 1.6, 4: 1.9, 5: 2.2, 6: 2.5}
     found = {
@@ -207,6 +300,7 @@ def test_the_mode_of_a_metric_is_known_or_asked_for(name: str, mode: str | None)
     [
         {"last": 0}, {"last": True}, {"last": "2"}, {"best": 2}, {"every": -1}, {"full": 0.5}, {"total": 2, "last": 1},
         {"monitor": "mystery"}, {"monitor": ""}, {"monitor": "loss", "mode": "down"}, {"total": 3, "best": 1, "monitor": "loss"},
+        {"within": 0}, {"within": -1.0}, {"within": math.inf}, {"within": math.nan}, {"within": True}, {"within": "2d"},
     ],
 )  # fmt: skip
 def test_a_wrong_policy_is_refused_by_name(options: dict[str, Any]) -> None:
@@ -219,4 +313,5 @@ def test_policies_read_as_english() -> None:
     assert Keep(last=2, best=3, monitor="loss", full=1).describe() == (
         "keep the last 2, the best 3 by loss, full state for the newest 1"
     )
+    assert Keep(within=5400, every=100).describe() == "keep every 100 steps, all within 5400 s of the newest"
     assert Keep.from_limit(0, None, None).unlimited and Keep.from_limit(None, None, None).unlimited

@@ -16,13 +16,13 @@ from typing import Literal
 
 from lastgood import policy
 from lastgood.errors import LastgoodError, NoCheckpoint, NotEnoughSpace, NotSupported, RunLocked, SaveFailed
-from lastgood.model import Record, Span, extend
+from lastgood.model import Head, Record, Span, extend, going_on, next_seq
 from lastgood.policy import Keep
 from lastgood.repo import bin, gc, journal, layout, metrics, verify
 from lastgood.repo.commit import commit
 from lastgood.repo.lock import RunLock
-from lastgood.repo.read import next_seq, records
-from lastgood.repo.run import Head, read_head, read_run, start_run, write_head, write_policy
+from lastgood.repo.read import records
+from lastgood.repo.run import read_head, read_run, start_run, write_head, write_policy
 from lastgood.repo.staging import Staging, failure, open_staging
 from lastgood.store import local
 from lastgood.talk import say, warn
@@ -52,7 +52,6 @@ class Manager:
     lineage: tuple[Span, ...] = ()
     next: int = 1  # number of the next save
     parent: str | None = None
-    resumed: str | None = None
     failures: int = 0
     saved: dict[int, Record] = field(default_factory=dict)  # by step, of this process
     _lock: RunLock | None = None
@@ -89,7 +88,7 @@ class Manager:
         """A new run: checkpoints that are already in the directory become foreign and are never touched."""
         others = [record.name for record in self.records() if record.state != "incomplete"]
         self.run = start_run(self.root)
-        self.lineage, self.next, self.parent, self.resumed, self.saved = (), 1, None, None, {}
+        self.lineage, self.next, self.parent, self.saved = (), 1, None, {}
         write_policy(self.root, self.keep.options())
         journal.append(self.root, "started", run=self.run, others=others)
 
@@ -100,7 +99,7 @@ class Manager:
             raise NoCheckpoint(f"{record.name} has no manifest to continue from")
         everything = self.records()
         self.run = manifest.run
-        self.lineage, self.parent, self.resumed, self.saved = manifest.lineage, manifest.id, manifest.id, {}
+        self.lineage, self.parent, self.saved = manifest.lineage, manifest.id, {}
         self.next = next_seq(everything, read_head(self.root, self.run))
         left = [r for r in everything if r.ours and r.current and r.seq > record.seq]
         if left or not record.current:
@@ -174,10 +173,8 @@ class Manager:
     def retain(self) -> tuple[policy.Decision, ...]:
         """Apply the policy to what is on disk now; the decisions with their reasons go to the journal."""
         self._still_ours()  # whoever was fenced off deletes nothing either
-        protect = {}
-        if self.resumed is not None and self.parent == self.resumed:
-            protect[self.resumed] = "resumed from here, nothing newer yet"
-        decisions = policy.decide(self.records(), self.keep, protect=protect)
+        found = self.records()
+        decisions = policy.decide(found, self.keep, protect=going_on(found, read_head(self.root, self.run)))
         try:
             gc.execute(self.root, gc.plan([d.record for d in decisions], decisions))
         except OSError as error:
@@ -274,7 +271,7 @@ class Manager:
                     hint="set metric_for_best_model and greater_is_better",
                 )
             return list(policy.ranking(everything, self.keep.monitor, self.keep.mode))
-        return [r for r in own if r.step == what] or [r for r in everything if r.ours and r.step == what]
+        return list(policy.at_step(everything, what))
 
     def quarantine(self, names: tuple[str, ...]) -> None:
         """Move checkpoints of this run that failed verification out of the way; their bytes are kept for a look."""

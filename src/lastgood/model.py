@@ -8,7 +8,7 @@ checkpoint: the manifest, its metrics and where it stands in the run.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import msgspec
@@ -35,6 +35,10 @@ class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
 
     size: int
     blake3: str
+
+
+KEPT_PARTS = ("model", "progress", "arguments")
+"""Parts of an adopted checkpoint that stay when it is stripped: weights, and the run's log for plots."""
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,6 +99,63 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def size(self) -> int:
         return self.manifest.size if self.manifest is not None else 0
+
+
+class Head(msgspec.Struct, frozen=True, kw_only=True):
+    """A resume went back: saves continue from the end of `lineage`, the first of them gets number `next`."""
+
+    run: str
+    lineage: tuple[Span, ...]
+    next: int
+
+
+def checkpoint_name(step: int, suffix: str = "") -> str:
+    """checkpoint-500; with the first 8 digits of an id behind it where that name is taken."""
+    return f"checkpoint-{step}.{suffix[:8]}" if suffix else f"checkpoint-{step}"
+
+
+def stripped(manifest: Manifest) -> Manifest:
+    """The manifest of the same checkpoint with its weights alone."""
+    parts = KEPT_PARTS if manifest.layout else ("model",)
+    names = tuple(name for part in parts for name in manifest.parts.get(part, ()))
+    files: dict[str, FileEntry] = {name: entry for name, entry in manifest.files.items() if name in names}
+    return msgspec.structs.replace(manifest, parts={"model": names}, files=files)
+
+
+def placed(found: Iterable[Record], head: Head | None) -> tuple[Record, ...]:
+    """The records by (step, number), each knowing whether it is on the branch that the run is on now."""
+    found = list(found)
+    way = lineage_in_force(found, head)
+    known = [
+        msgspec.structs.replace(record, current=on_lineage(record.seq, way)) if record.ours else record
+        for record in found
+    ]
+    return tuple(sorted(known, key=lambda record: (record.step, record.seq, record.name)))
+
+
+def lineage_in_force(found: Sequence[Record], head: Head | None) -> tuple[Span, ...]:
+    """The way to where the run is now: that of its newest save, unless a resume went back after it."""
+    newest = max((record for record in found if record.ours), key=lambda record: record.seq, default=None)
+    if head is not None and (newest is None or head.next > newest.seq):
+        return head.lineage
+    return newest.manifest.lineage if newest is not None and newest.manifest is not None else ()
+
+
+def next_seq(found: Sequence[Record], head: Head | None) -> int:
+    """The number of the next save: one more than any of the run, on whatever branch."""
+    newest = max((record.seq for record in found if record.ours), default=0)
+    return max(newest + 1, head.next if head is not None else 1)
+
+
+def going_on(found: Sequence[Record], head: Head | None) -> dict[str, str]:
+    """id -> reason of the checkpoint that a resume went back to, as long as nothing newer is saved.
+
+    The next save continues from it, so it stays as it is, whatever the policy says; anybody can read that from disk.
+    """
+    if head is None or not head.lineage or next_seq(found, None) > head.next:
+        return {}
+    tip = head.lineage[-1][1]
+    return {r.id: "resumed from here, nothing newer yet" for r in found if r.ours and r.current and r.seq == tip}
 
 
 def on_lineage(seq: int, lineage: Iterable[Span]) -> bool:

@@ -168,6 +168,12 @@ def latest(records: Sequence[Record]) -> Record | None:
     return max(full, key=lambda record: record.seq, default=None)
 
 
+def at_step(records: Sequence[Record], step: int) -> tuple[Record, ...]:
+    """What "the checkpoint of this step" means: the newest on the current branch, else those of branches left."""
+    own = sorted((r for r in records if r.ours and r.current and r.step == step), key=lambda r: -r.seq)
+    return tuple(own or (r for r in records if r.ours and r.step == step))
+
+
 def decide(records: Sequence[Record], keep: Keep, *, protect: Collection[str] = ()) -> tuple[Decision, ...]:
     """One decision per record, in the order given. `protect`: ids that stay as they are (a mapping gives reasons)."""
     mine = sorted((r for r in records if r.ours and r.current), key=lambda r: -r.seq)
@@ -177,6 +183,8 @@ def decide(records: Sequence[Record], keep: Keep, *, protect: Collection[str] = 
     # Counted among those that stay: one that is about to be deleted would use up a place, and the run would be
     # left with fewer recovery points than were asked for.
     full = [r for r in mine if r.state == "full" and (r.name in wanted or _held(r, protect))]
+    places = {record.name: place for place, record in enumerate(mine, 1)}
+    ranks = {record.name: rank for rank, record in enumerate(ranked, 1)}
     stays_full = {record.name for record in (full if keep.full is None else full[: keep.full])}
     decisions = []
     for record in records:
@@ -186,7 +194,7 @@ def decide(records: Sequence[Record], keep: Keep, *, protect: Collection[str] = 
         held = _held(record, protect)
         reasons = held + wanted.get(record.name, ())
         if not reasons:
-            decisions.append(Decision(record, "delete", (_why_not(record, mine, ranked, keep),)))
+            decisions.append(Decision(record, "delete", (_why_not(record, places, ranks, keep),)))
         elif record.state == "full" and record.name not in stays_full and not held and record is not newest_full:
             why = f"weights only: full state is kept for the newest {keep.full}"
             decisions.append(Decision(record, "strip", (*reasons, why)))
@@ -252,7 +260,8 @@ def _wanted(mine: Sequence[Record], ranked: Sequence[Record], keep: Keep) -> dic
             want(record, f"saved within {keep.within:g} s of the newest")
     if keep.total is not None and mine:
         others = [record for record in ranked if record is not mine[0]]
-        others += [record for record in mine[1:] if record not in others]
+        there = {record.name for record in others}
+        others += [record for record in mine[1:] if record.name not in there]
         for place, record in enumerate([mine[0], *others][: keep.total], 1):
             value = None if keep.monitor is None else metric_of(record, keep.monitor)
             kind = "newest" if place == 1 else "best others" if ranked else "newest ones"
@@ -280,16 +289,14 @@ def _not_ours(record: Record) -> str:
     }.get(record.state, f"incomplete ({record.problem}); never touched")
 
 
-def _why_not(record: Record, mine: Sequence[Record], ranked: Sequence[Record], keep: Keep) -> str:
-    place = [other.name for other in mine].index(record.name) + 1
-    text = f"{_ordinal(place)} newest of {len(mine)}"
+def _why_not(record: Record, places: Mapping[str, int], ranks: Mapping[str, int], keep: Keep) -> str:
+    text = f"{_ordinal(places[record.name])} newest of {len(places)}"
     if keep.monitor is not None:
         value = metric_of(record, keep.monitor)
         if value is None:
             text += f", without a finite {keep.monitor}"
         else:
-            rank = [other.name for other in ranked].index(record.name) + 1
-            text += f", {keep.monitor} {value:.6g} is {_ordinal(rank)} of {len(ranked)}"
+            text += f", {keep.monitor} {value:.6g} is {_ordinal(ranks[record.name])} of {len(ranks)}"
     return f"no rule keeps it: {text}"
 
 

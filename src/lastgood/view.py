@@ -15,12 +15,12 @@ import msgspec
 
 from lastgood import policy
 from lastgood.errors import LastgoodError
-from lastgood.model import FileEntry, Manifest, Record
+from lastgood.model import FileEntry, Manifest, Record, going_on
 from lastgood.policy import Keep, Mode, known_mode
 from lastgood.repo import pins, verify
 from lastgood.repo.layout import HIDDEN, step_of
 from lastgood.repo.read import records
-from lastgood.repo.run import read_policy, read_run
+from lastgood.repo.run import read_head, read_policy, read_run
 from lastgood.store import local
 
 if TYPE_CHECKING:
@@ -49,6 +49,11 @@ class View:
         return read_run(self.root)
 
     @property
+    def protect(self) -> Mapping[str, str]:
+        """id -> why it stays, whatever the policy says: where a resumed run goes on from."""
+        return going_on(self.native, read_head(self.root, self.run))
+
+    @property
     def layout(self) -> str:
         """The tool that wrote the run: "lastgood", or another's name."""
         kinds = {record.layout or "lastgood" for record in self.records if record.state != "foreign"}
@@ -64,7 +69,7 @@ class View:
     def decisions(self) -> tuple[policy.Decision, ...]:
         """What the run's own policy says of each checkpoint now: why it is kept."""
         keep = self.keep or Keep(monitor=self.monitor, mode=self.mode)
-        return policy.decide(self.records, keep)
+        return policy.decide(self.records, keep, protect=self.protect)
 
     def problems(self, record: Record, *, full: bool, progress: Any = None) -> tuple[str, ...]:
         """What is wrong with a checkpoint: by its hashes if it has any, by its structure otherwise."""

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +101,7 @@ def _cast(staging: Path, dtype: str) -> None:
 
 def _merged(view: View, record: Record, directory: Path, base: Path | None, dtype: str | None) -> None:
     need_torch("--merge", "transformers", "peft")
-    from lastgood.weights.merge import merge
+    from lastgood.weights.merge import merge, quiet
 
     names = copying.model_files(record)
     if "adapter_config.json" not in names:
@@ -112,7 +109,7 @@ def _merged(view: View, record: Record, directory: Path, base: Path | None, dtyp
     _sound(view, record, names)
     for fault in view.problems(record, full=True):
         raise CorruptCheckpoint(f"{record.name} is damaged: {fault}", hint="check out another one")
-    with _quiet():
+    with quiet():
         report = merge(view.path(record), base, directory, dtype)
     count = len(report.merged)
     checked = f"{count} of {report.tensors} tensors changed, by exactly the adapter; the others are the base's"
@@ -148,17 +145,6 @@ def _trainer(view: View, record: Record, directory: Path) -> None:
             err=True,
         )
     _done(record, directory, f"resume_from_checkpoint={str(directory)!r}")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the libraries' progress bars and deprecations: what matters is said at the end, errors are raised."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def need_torch(what: str, *packages: str) -> None:

@@ -79,7 +79,7 @@ def prune(
         if empty_trash:
             _empty(path, style, dry_run, yes)
             return
-        view = look(path)
+        view = look(path, outline=dry_run)
         decisions = plan(view, rules, to_free=to_free, scope=scope)
         if not dry_run and not no_verify and any(d.action == "delete" for d in decisions):
             view, decisions = _proven(view, rules, decisions, to_free=to_free, scope=scope)
@@ -112,7 +112,7 @@ def plan(view: View, rules: dict[str, Any], *, to_free: str | None = None, scope
     found = [msgspec.structs.replace(r, state="stock") if r.ours and not r.id and not scope.stock else r for r in found]
     if not any(record.id for record in found):
         found = [msgspec.structs.replace(r, current=True) if r.ours else r for r in found]
-    decisions = [_whole(decision) for decision in policy.decide(found, keep)]
+    decisions = [_whole(decision) for decision in policy.decide(found, keep, protect=view.protect)]
     if scope.abandoned:
         decisions = [_abandoned(decision) for decision in decisions]
     if to_free is None:
@@ -121,7 +121,7 @@ def plan(view: View, rules: dict[str, Any], *, to_free: str | None = None, scope
         wanted = text.parse_size(to_free)
     except ValueError:
         raise UsageError(f"--to-free {to_free!r} is not a size", hint="200GB, 1.5TiB, 500MiB") from None
-    enough = policy.enough(decisions, wanted, gc.gain)
+    enough = policy.enough(decisions, wanted, lambda decision: gc.gain(_whole(decision)))
     enough = tuple(_whole(decision) for decision in enough)
     freed = sum(gc.gain(decision) for decision in enough)
     if freed < wanted:
@@ -147,7 +147,8 @@ def _keep(view: View, rules: dict[str, Any], to_free: str | None) -> Keep:
                 "what is to be kept? The run has no policy of its own that lets anything go",
                 hint="lastgood prune --keep-last 2 --keep-best 3 --dry-run",
             )
-        chosen = {**view.keep.options(), **chosen}
+        # As it is, without a metric that the run itself doesn't go by: what the live run would do, and its reasons.
+        return Keep(**{**view.keep.options(), **chosen})
     if not limits and to_free is not None:
         chosen = {"last": 1, **chosen}
     if "monitor" not in chosen and view.monitor is not None:

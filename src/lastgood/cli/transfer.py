@@ -14,10 +14,10 @@ from lastgood.cli.prune import confirm, held
 from lastgood.errors import CorruptCheckpoint, NoCheckpoint, UsageError
 from lastgood.layouts import scan
 from lastgood.layouts.found import Found
-from lastgood.model import Record, extend
+from lastgood.model import Record, extend, lineage_in_force, next_seq
 from lastgood.repo import journal, metrics
 from lastgood.repo.commit import commit
-from lastgood.repo.read import lineage_in_force, next_seq, records
+from lastgood.repo.read import records
 from lastgood.repo.run import read_head, read_run, start_run
 from lastgood.repo.staging import open_staging
 from lastgood.view import look

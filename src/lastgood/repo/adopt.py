@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lastgood.format import manifest as codec
-from lastgood.model import FORMAT, Manifest, Record, Span, extend, on_lineage
+from lastgood.model import FORMAT, Head, Manifest, Record, Span, extend, lineage_in_force, next_seq, on_lineage
 from lastgood.repo import journal, metrics
 from lastgood.repo.layout import new_id
-from lastgood.repo.read import lineage_in_force, next_seq, records
-from lastgood.repo.run import Head, read_head, read_run, start_run, write_head
+from lastgood.repo.read import records
+from lastgood.repo.run import read_head, read_run, start_run, write_head
 from lastgood.store import local
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from lastgood.errors import Conflict
 from lastgood.format import manifest as codec
-from lastgood.model import FORMAT, Manifest, Record, Span, on_lineage
+from lastgood.model import FORMAT, Manifest, Record, Span, checkpoint_name, on_lineage
 from lastgood.repo import journal
-from lastgood.repo.layout import checkpoint_name
 from lastgood.repo.read import records
 from lastgood.repo.staging import Staging, explained
 from lastgood.store import local

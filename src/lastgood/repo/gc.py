@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import msgspec
-
 from lastgood.format import guard
 from lastgood.format import manifest as codec
-from lastgood.model import FileEntry, Manifest, Record
+from lastgood.model import Manifest, Record, stripped
 from lastgood.policy import Decision
 from lastgood.repo import after, bin, journal
 from lastgood.repo.layout import HIDDEN, hidden, new_id
@@ -21,8 +19,6 @@ from lastgood.store import local
 
 RESUME_ONLY = frozenset({"optimizer.safetensors", "resume.json"})
 """Files that only a full checkpoint has: what an interrupted strip may leave behind."""
-KEPT_PARTS = ("model", "progress", "arguments")
-"""Parts of an adopted checkpoint that stay when it is stripped: weights, and the run's log for plots."""
 GRAVE = f"{HIDDEN}.grave."
 """How a directory that is being deleted is called where a full disk leaves no room for a trash directory."""
 
@@ -129,14 +125,6 @@ def _strip(root: Path, item: Item, undoable: str | None) -> None:
     local.sync_dir(directory)
     facts = {"step": item.record.step, "id": item.record.id, "bytes": item.bytes, "reasons": item.reasons}
     journal.append(root, "stripped", **facts, **({} if undoable is None else {"undo": undoable}))
-
-
-def stripped(manifest: Manifest) -> Manifest:
-    """The manifest of the same checkpoint with its weights alone."""
-    parts = KEPT_PARTS if manifest.layout else ("model",)
-    names = tuple(name for part in parts for name in manifest.parts.get(part, ()))
-    files: dict[str, FileEntry] = {name: entry for name, entry in manifest.files.items() if name in names}
-    return msgspec.structs.replace(manifest, parts={"model": names}, files=files)
 
 
 def _guard(directory: Path, light: Manifest) -> None:

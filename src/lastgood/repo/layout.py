@@ -10,11 +10,6 @@ HIDDEN = ".lastgood"
 _NAME = re.compile(r"checkpoint-(\d{1,18})(?:\.[0-9a-f]{8})?")
 
 
-def checkpoint_name(step: int, suffix: str = "") -> str:
-    """checkpoint-500; with the first 8 digits of an id behind it where that name is taken."""
-    return f"checkpoint-{step}.{suffix[:8]}" if suffix else f"checkpoint-{step}"
-
-
 def step_of(name: str) -> int | None:
     """The step in a checkpoint's directory name; None for any other name (checkpoint-best, old-checkpoint-5)."""
     match = _NAME.fullmatch(name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,7 +31,7 @@ def read(root: Path, id: str) -> dict[str, float]:
     if not _ID.fullmatch(id):
         return {}
     found: dict[str, float] = {}
-    for line in lines(os.path.join(root, HIDDEN, "metrics", f"{id}.jsonl"), LIMIT):
+    for line in lines(f"{root}/{HIDDEN}/metrics/{id}.jsonl", LIMIT):
         values = line.get("metrics")
         for name, value in values.items() if isinstance(values, dict) else ():
             if value in ("nan", "inf", "-inf") or (isinstance(value, (int, float)) and not isinstance(value, bool)):

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-
-import msgspec
 
 from lastgood.errors import CorruptCheckpoint
 from lastgood.format import manifest as codec
-from lastgood.model import Manifest, Record, Span, on_lineage
+from lastgood.model import Manifest, Record, placed
 from lastgood.repo import metrics, pins
 from lastgood.repo.layout import step_of
-from lastgood.repo.run import Head, read_head, read_run
+from lastgood.repo.run import read_head, read_run
 from lastgood.store import local
 
 
@@ -28,47 +26,27 @@ def records(root: Path, *, outline: bool = False) -> tuple[Record, ...]:
 
     outline: leave out arguments and environment, for listings; never write such a manifest back.
     """
-    run = read_run(root)
-    held = _pins(root)
+    run, held, base = read_run(root), _pins(root), os.fspath(root)
     decode = codec.outline if outline else codec.decode
     found = [
-        _record(root, name, step, run, held, decode)
+        _record(root, f"{base}/{name}", name, step, run, held, decode)
         for name in local.names(root)
-        if (step := step_of(name)) is not None and _is_directory(os.path.join(root, name))
+        if (step := step_of(name)) is not None and _is_directory(f"{base}/{name}")
     ]
-    way = lineage_in_force(found, read_head(root, run))
-    placed = [
-        msgspec.structs.replace(record, current=on_lineage(record.seq, way)) if record.ours else record
-        for record in found
-    ]
-    return tuple(sorted(placed, key=lambda record: (record.step, record.seq, record.name)))
-
-
-def lineage_in_force(found: Sequence[Record], head: Head | None) -> tuple[Span, ...]:
-    """The way to where the run is now: that of its newest save, unless a resume went back after it."""
-    newest = max((record for record in found if record.ours), key=lambda record: record.seq, default=None)
-    if head is not None and (newest is None or head.next > newest.seq):
-        return head.lineage
-    return newest.manifest.lineage if newest is not None and newest.manifest is not None else ()
-
-
-def next_seq(found: Sequence[Record], head: Head | None) -> int:
-    """The number of the next save: one more than any of the run, on whatever branch."""
-    newest = max((record.seq for record in found if record.ours), default=0)
-    return max(newest + 1, head.next if head is not None else 1)
+    return placed(found, read_head(root, run))
 
 
 def _record(
     root: Path,
+    directory: str,
     name: str,
     step: int,
     run: str | None,
     held: Mapping[str, tuple[str, ...]],
     decode: Callable[[bytes, str], Manifest],
 ) -> Record:
-    path = os.path.join(root, name, codec.NAME)
     try:
-        data = local.read(path, codec.LIMIT)
+        data = local.read(f"{directory}/{codec.NAME}", codec.LIMIT)
     except FileNotFoundError:
         return Record(name=name, step=step, state="stock")
     except OSError as error:
@@ -81,7 +59,7 @@ def _record(
         return Record(name=name, step=step, state="incomplete", problem=error.message)
     if manifest.run != run:
         return Record(name=name, step=step, state="foreign", manifest=manifest, problem="belongs to another run")
-    problem = missing(root / name, manifest)
+    problem = missing(directory, manifest)
     if problem:
         return Record(name=name, step=step, state="incomplete", manifest=manifest, problem=problem)
     return Record(
@@ -95,12 +73,17 @@ def _record(
     )
 
 
-def missing(directory: Path, manifest: Manifest) -> str:
+def missing(directory: Path | str, manifest: Manifest) -> str:
     """The first files that aren't there with the recorded size, in words; "" if all are."""
     faults = []
-    base = os.fspath(directory)  # strings: a run of thousands of checkpoints is listed in a second
+    # Strings, and the system call itself: a run of ten thousand checkpoints is listed in a second.
+    base, regular, lstat = os.fspath(directory), stat.S_ISREG, os.lstat
     for name, entry in manifest.files.items():
-        size = local.size(f"{base}/{name}")
+        try:
+            status = lstat(f"{base}/{name}")
+            size = status.st_size if regular(status.st_mode) else None
+        except (OSError, ValueError):
+            size = None
         if size == entry.size and ("/" not in name or _reached_directly(base, name)):
             continue
         if size is None or size == entry.size:

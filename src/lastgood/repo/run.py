@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import msgspec
 
-from lastgood.model import Span
+from lastgood.model import Head
 from lastgood.repo.layout import hidden, new_id
 from lastgood.store import local
 
@@ -22,14 +22,6 @@ T = TypeVar("T")
 class _Identity(msgspec.Struct, frozen=True):
     format: int
     run: str
-
-
-class Head(msgspec.Struct, frozen=True, kw_only=True):
-    """A resume went back: saves continue from the end of `lineage`, the first of them gets number `next`."""
-
-    run: str
-    lineage: tuple[Span, ...]
-    next: int
 
 
 def read_run(root: Path) -> str | None:

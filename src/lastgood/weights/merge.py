@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,17 @@ def merge(adapter_dir: Path, base: Path | None, target: Path, dtype: str | None 
         files_checked=files_checked,
         copied=tuple(copied),
     )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the libraries' progress bars and deprecations: what matters is said at the end, errors are raised."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _write(source: Base, adapter_dir: Path, staging: Path, wanted: torch.dtype | None) -> str:

@@ -1,0 +1,193 @@
+"""A whole run in virtual time, by the same policy as the live one: what would stay, what would go, how much it takes.
+
+Pure: no clock, no disk, no torch. Its records look like those of a run directory, down to the names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import msgspec
+
+from lastgood import policy
+from lastgood.errors import NoCheckpoint
+from lastgood.model import (
+    FORMAT,
+    FileEntry,
+    Head,
+    Manifest,
+    Record,
+    Span,
+    State,
+    checkpoint_name,
+    extend,
+    going_on,
+    next_seq,
+    placed,
+    stripped,
+)
+from lastgood.policy import Keep
+
+RUN = "0" * 16
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """A checkpoint is written. full_bytes: all of it, None if it holds the weights alone. created: in seconds.
+
+    values: metrics that are known by then, because the evaluation came first.
+    """
+
+    step: int
+    full_bytes: int | None
+    weights_bytes: int
+    created: float = 0.0
+    values: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """Values arrive for the checkpoint of a step; they count from the next retention on."""
+
+    step: int
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """The run goes back to the full checkpoint of this step that is still there; the next save begins a branch."""
+
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """Somebody pins or tags the checkpoint of this step that is still there."""
+
+    step: int
+    name: str = "pinned"
+
+
+@dataclass(frozen=True, slots=True)
+class Retain:
+    """The policy is applied without a save, as at the end of training."""
+
+
+Event = Save | Metrics | Resume | Pin | Retain
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """One retention. step: of the newest save. peak, bytes: on disk before and after it. records: what stays."""
+
+    step: int
+    decisions: tuple[policy.Decision, ...]
+    records: tuple[Record, ...]
+    peak: int
+    bytes: int
+    latest: Record | None
+    best: Record | None
+
+
+def simulate(history: Iterable[Event], keep: Keep) -> tuple[Moment, ...]:
+    """One moment per save (and per `Retain`), in order.
+
+    Raises NoCheckpoint for a resume or a pin of a step that isn't there any more. Metrics for a step that this life
+    of the run didn't save are dropped, as a live run does.
+    """
+    run, moments = _Run(keep), []
+    for event in history:
+        if isinstance(event, Save):
+            run.save(event)
+            moments.append(run.retain())
+        elif isinstance(event, Retain):
+            moments.append(run.retain())
+        elif isinstance(event, Metrics):
+            run.record(event)
+        elif isinstance(event, Resume):
+            run.resume(event.step)
+        else:
+            run.pin(event)
+    return tuple(moments)
+
+
+@dataclass(slots=True)
+class _Run:
+    """The writer and its disk: what Manager, commit and gc do, without either."""
+
+    keep: Keep
+    disk: tuple[Record, ...] = ()
+    head: Head | None = None
+    lineage: tuple[Span, ...] = ()
+    next: int = 1
+    parent: str | None = None
+    step: int = 0
+    saved: dict[int, str] = field(default_factory=dict)  # step -> id, of this life
+
+    def save(self, event: Save) -> None:
+        id = f"{self.next:08x}" * 2  # the first 8 digits tell displaced names apart
+        self.lineage = extend(self.lineage, self.next)
+        manifest = _manifest(event, id, self.next, self.lineage, self.parent)
+        name = checkpoint_name(event.step)
+        aside = [
+            msgspec.structs.replace(r, name=checkpoint_name(r.step, r.id)) if r.name == name else r for r in self.disk
+        ]
+        state: State = "full" if manifest.full else "weights"
+        new = Record(name=name, step=event.step, state=state, manifest=manifest, metrics=event.values)
+        self.disk = placed([*aside, new], self.head)
+        self.next, self.parent, self.step, self.saved[event.step] = self.next + 1, id, event.step, id
+
+    def retain(self) -> Moment:
+        peak = _bytes(self.disk)
+        decisions = policy.decide(self.disk, self.keep, protect=going_on(self.disk, self.head))
+        left = [_strip(d.record) if d.action == "strip" else d.record for d in decisions if d.action != "delete"]
+        self.disk = placed(left, self.head)
+        monitor, mode = self.keep.monitor, self.keep.mode
+        best = policy.best(self.disk, monitor, mode) if monitor is not None and mode is not None else None
+        return Moment(self.step, decisions, self.disk, peak, _bytes(self.disk), policy.latest(self.disk), best)
+
+    def record(self, event: Metrics) -> None:
+        id = self.saved.get(event.step)
+        self.disk = tuple(
+            msgspec.structs.replace(r, metrics={**r.metrics, **event.values}) if r.id == id else r for r in self.disk
+        )
+
+    def resume(self, step: int) -> None:
+        record = next((r for r in policy.at_step(self.disk, step) if r.state == "full"), None)
+        if record is None or record.manifest is None:
+            raise NoCheckpoint(f"there is no full checkpoint of step {step} to resume from at that moment")
+        self.lineage, self.parent, self.step = record.manifest.lineage, record.id, step
+        self.next, self.saved = next_seq(self.disk, self.head), {step: record.id}
+        if not record.current or any(r.current and r.seq > record.seq for r in self.disk):
+            self.head = Head(run=RUN, lineage=self.lineage, next=self.next)
+        self.disk = placed(self.disk, self.head)
+
+    def pin(self, event: Pin) -> None:
+        record = next(iter(policy.at_step(self.disk, event.step)), None)
+        if record is None:
+            raise NoCheckpoint(f"there is no checkpoint of step {event.step} to pin at that moment")
+        names = (*(name for name in record.pinned if name != event.name), event.name)
+        held = msgspec.structs.replace(record, pinned=names)
+        self.disk = tuple(held if r is record else r for r in self.disk)
+
+
+def _manifest(event: Save, id: str, seq: int, lineage: tuple[Span, ...], parent: str | None) -> Manifest:
+    parts: dict[str, tuple[str, ...]] = {"model": ("weights",)}
+    files = {"weights": FileEntry(event.weights_bytes, "")}
+    if event.full_bytes is not None:
+        parts["progress"] = ("state",)
+        files["state"] = FileEntry(event.full_bytes - event.weights_bytes, "")
+    return Manifest(
+        format=FORMAT, id=id, run=RUN, step=event.step, seq=seq, lineage=lineage, parent=parent,
+        created=event.created, parts=parts, files=files,
+    )  # fmt: skip
+
+
+def _strip(record: Record) -> Record:
+    assert record.manifest is not None
+    return msgspec.structs.replace(record, state="weights", manifest=stripped(record.manifest))
+
+
+def _bytes(records: Iterable[Record]) -> int:
+    return sum(record.size for record in records)
