@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
 from typing import Literal
+
+import msgspec
 
 from lastgood.errors import UsageError, wrong_type
 from lastgood.model import Record, finite
@@ -51,8 +52,7 @@ def known_mode(name: str) -> Mode | None:
     return "min" if ends & LOWER else "max" if ends & HIGHER else None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Keep:
+class Keep(msgspec.Struct, frozen=True, kw_only=True):
     """Which checkpoints stay: one that any rule wants is kept; Keep() keeps all.
 
     total: that many, the newest and the best others by `monitor` (without a monitor the newest ones): the meaning
@@ -93,7 +93,7 @@ class Keep:
                     hint="give mode='min' or mode='max'",
                     code="CKB005",
                 )
-            object.__setattr__(self, "mode", guess)
+            msgspec.structs.force_setattr(self, "mode", guess)
 
     @classmethod
     def from_limit(cls, limit: int | None, monitor: str | None, mode: Mode | None) -> Keep:
@@ -125,8 +125,7 @@ class Keep:
         return all(rule is None for rule in rules)
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(msgspec.Struct, frozen=True):
     """What becomes of one checkpoint, with at least one reason in plain English."""
 
     record: Record
@@ -305,5 +304,5 @@ def _ordinal(number: int) -> str:
     return f"{number}{ending}"
 
 
-OPTIONS = tuple(field.name for field in fields(Keep))
+OPTIONS = Keep.__struct_fields__
 """Names of the options of Keep."""

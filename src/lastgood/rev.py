@@ -5,7 +5,6 @@ latest  best  best:eval_f1  1200  step:1200  checkpoint-1200  latest~1  TAG  3f9
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 
@@ -122,6 +121,8 @@ def _of_step(text: str, records: Sequence[Record]) -> list[Record]:
 
 def _near(text: str, records: Sequence[Record]) -> str:
     known = [word for word, _ in words(records)]
+    import difflib
+
     near = difflib.get_close_matches(text, known, n=3)
     if text.isdigit():
         steps = sorted({r.step for r in records if r.step >= 0}, key=lambda step: abs(step - int(text)))

@@ -7,7 +7,6 @@ A checkpoint that another tool wrote gets the record it would have if it were ad
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +16,9 @@ from lastgood import policy
 from lastgood.errors import LastgoodError
 from lastgood.model import FileEntry, Manifest, Record, going_on
 from lastgood.policy import Keep, Mode, known_mode
-from lastgood.repo import pins, verify
+from lastgood.repo import pins
 from lastgood.repo.layout import HIDDEN, step_of
-from lastgood.repo.read import records
+from lastgood.repo.read import records, whole
 from lastgood.repo.run import read_head, read_policy, read_run
 from lastgood.store import local
 
@@ -27,8 +26,7 @@ if TYPE_CHECKING:
     from lastgood.layouts.found import Found
 
 
-@dataclass(frozen=True, slots=True)
-class View:
+class View(msgspec.Struct, frozen=True):
     """native: what is on disk by the one definition. records: the same and other tools' checkpoints, all readable.
 
     monitor, mode: the metric that "best" means. keep: the run's own policy, if it is known.
@@ -37,11 +35,11 @@ class View:
     root: Path
     native: tuple[Record, ...]
     records: tuple[Record, ...]
-    found: Mapping[str, Found] = field(default_factory=dict)
+    found: Mapping[str, Found] = {}
     monitor: str | None = None
     mode: Mode | None = None
     keep: Keep | None = None
-    notes: Mapping[str, str] = field(default_factory=dict)
+    notes: Mapping[str, str] = {}
 
     @property
     def run(self) -> str | None:
@@ -79,6 +77,8 @@ class View:
             return scan.problems(self.path(record), record.layout, full=full)
         if record.state == "foreign" and record.manifest is not None:
             record = msgspec.structs.replace(record, state="full")
+        from lastgood.repo import verify
+
         return verify.problems(self.root, record, full=full, progress=progress)
 
     def arguments(self, record: Record) -> Mapping[str, object]:
@@ -181,5 +181,5 @@ def _metric(root: Path, everything: Sequence[Record], keep: Keep | None) -> tupl
 def _arguments(root: Path, record: Record) -> Mapping[str, object]:
     if record.layout:
         return _trainer_arguments(root / record.name, record.layout)
-    whole = verify.whole(root, record)
-    return whole.arguments if whole is not None else {}
+    full = whole(root, record)
+    return full.arguments if full is not None else {}

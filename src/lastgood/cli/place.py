@@ -6,10 +6,9 @@ import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-from click.shell_completion import CompletionItem
 
 from lastgood.cli import text
 from lastgood.errors import NoRun, UsageError
@@ -18,6 +17,9 @@ from lastgood.repo.layout import HIDDEN, step_of
 from lastgood.rev import resolve, words
 from lastgood.store import local
 from lastgood.view import View, look
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -31,6 +33,8 @@ class Rev(click.ParamType[str]):
         return str(value)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
         try:
             known = words(look(find_run(_asked(ctx))).records)
         except Exception:  # a completion that fails must not spoil the prompt

@@ -187,12 +187,11 @@ def _proven(view: View, rules: dict[str, Any], decisions: list[Decision], **how:
 
 def msgspec_replace(view: View, name: str, record: Record) -> View:
     """The view with another record in the place of `name`."""
-    import dataclasses
 
     def swapped(found: Sequence[Record]) -> tuple[Record, ...]:
         return tuple(record if r.name == name else r for r in found)
 
-    return dataclasses.replace(view, native=swapped(view.native), records=swapped(view.records))
+    return msgspec.structs.replace(view, native=swapped(view.native), records=swapped(view.records))
 
 
 def _short(view: View, freed: int) -> bool:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import click
+import msgspec
 
 from lastgood.cli import text
 from lastgood.errors import UsageError
@@ -19,8 +18,7 @@ Row = Mapping[str, Any]
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-@dataclass(frozen=True, slots=True)
-class Column:
+class Column(msgspec.Struct, frozen=True):
     """show: the value as people read it. right: numbers. shrink: may be cut on a narrow terminal."""
 
     key: str
@@ -30,8 +28,7 @@ class Column:
     shrink: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Style:
+class Style(msgspec.Struct, frozen=True):
     """What the user asked of a listing."""
 
     json: bool = False
@@ -170,13 +167,13 @@ def terminal_width() -> int | None:
     """Columns of the terminal that stdout is; COLUMNS counts even where it is none; None: unlimited."""
     if os.environ.get("COLUMNS", "").isdigit():
         return max(20, int(os.environ["COLUMNS"]))
-    return max(20, shutil.get_terminal_size().columns) if sys.stdout.isatty() else None
+    return max(20, os.get_terminal_size().columns) if sys.stdout.isatty() else None
 
 
 def emit(found: Sequence[str]) -> None:
     """Data to stdout; through the pager if it is more than a screen of a terminal."""
     whole = "\n".join(found)
-    if sys.stdout.isatty() and len(found) > shutil.get_terminal_size().lines and os.environ.get("PAGER") != "":
+    if sys.stdout.isatty() and len(found) > os.get_terminal_size().lines and os.environ.get("PAGER") != "":
         click.echo_via_pager(f"{whole}\n")
     elif found:
         click.echo(whole)

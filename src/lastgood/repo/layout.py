@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import re
-import secrets
 from pathlib import Path
 
 HIDDEN = ".lastgood"
@@ -18,7 +18,7 @@ def step_of(name: str) -> int | None:
 
 def new_id() -> str:
     """16 hex digits that nobody else has."""
-    return secrets.token_hex(8)
+    return os.urandom(8).hex()
 
 
 def hidden(root: Path, *names: str) -> Path:

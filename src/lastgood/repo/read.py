@@ -73,6 +73,14 @@ def _record(
     )
 
 
+def whole(root: Path, record: Record) -> Manifest | None:
+    """The manifest with all its fields: listings read an outline of it. None if it can't be read any more."""
+    try:
+        return codec.decode(local.read(root / record.name / codec.NAME, codec.LIMIT), codec.NAME)
+    except (OSError, CorruptCheckpoint):
+        return None
+
+
 def missing(directory: Path | str, manifest: Manifest) -> str:
     """The first files that aren't there with the recorded size, in words; "" if all are."""
     faults = []

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from lastgood.errors import CorruptCheckpoint
-from lastgood.format import manifest as codec
 from lastgood.format.tensors import read_header
-from lastgood.model import FileEntry, Manifest, Record
+from lastgood.model import FileEntry, Record
 from lastgood.repo.read import missing
 from lastgood.store import local
 
@@ -42,17 +40,11 @@ def problems(
             progress(found.size)
         return "" if found == expected else f"the content of {name} is not what was saved (hash differs)"
 
+    from concurrent.futures import ThreadPoolExecutor
+
     # Hashing and reading leave the interpreter lock; two threads keep a disk busy.
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
         return tuple(filter(None, pool.map(check, manifest.files.items())))
-
-
-def whole(root: Path, record: Record) -> Manifest | None:
-    """The manifest with all its fields: listings read an outline of it. None if it can't be read any more."""
-    try:
-        return codec.decode(local.read(root / record.name / codec.NAME, codec.LIMIT), codec.NAME)
-    except (OSError, CorruptCheckpoint):
-        return None
 
 
 def _header(path: Path) -> str:

@@ -8,11 +8,8 @@ close are never swallowed and never retried: after one, nothing is known about t
 from __future__ import annotations
 
 import os
-import secrets
-import shutil
 import stat
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from blake3 import blake3
@@ -60,7 +57,7 @@ def write(path: Path, chunks: Iterable[Buffer], *, sync: bool = True) -> FileEnt
 
 def replace(path: Path, data: bytes) -> None:
     """Put `data` in the place of `path`, all or nothing, durably."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     write(temporary, [data])
     try:
         os.replace(temporary, path)
@@ -98,6 +95,8 @@ def sync_files(paths: Sequence[Path]) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+    from concurrent.futures import ThreadPoolExecutor  # what only looks starts faster without
 
     with ThreadPoolExecutor(max_workers=4) as pool:
         list(pool.map(sync, paths))
@@ -245,6 +244,8 @@ def remove(path: Path) -> None:
 def free(path: Path) -> tuple[int, int]:
     """(bytes, inodes) that we may still use; inodes is -1 where the file system doesn't count them."""
     if not hasattr(os, "statvfs"):
+        import shutil
+
         return shutil.disk_usage(path).free, -1
     status = os.statvfs(path)
     return status.f_bavail * status.f_frsize, status.f_favail if status.f_files else -1
