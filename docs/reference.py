@@ -38,7 +38,7 @@ torch.distributed.checkpoint are recognised. Verbs that only look never write to
 |---|---|
 | `latest` (`last`, `HEAD`) | the newest full checkpoint: what a recovery uses |
 | `best` | the best by the run's own metric |
-| `best:METRIC`, `best:METRIC:min`, `best:METRIC:max` | the best by another metric; `min` or `max` where it isn't well known |
+| `best:METRIC`, `best:METRIC:min`, `best:METRIC:max` | by another metric; `min` or `max` if it isn't well known |
 | `500`, `step:500`, `checkpoint-500` | the checkpoint of that step, on the current branch if there are two |
 | `REV~2` | two checkpoints before REV, on its branch; `REV~` is `REV~1` |
 | a tag | see `lastgood tag` |
@@ -69,7 +69,7 @@ VARIABLES = """\
 | variable | does |
 |---|---|
 | `LASTGOOD_RUN` | the run directory, as `-C` |
-| `LASTGOOD_CACHE` | `0`: listings of runs with 500 and more checkpoints aren't remembered in the user's cache directory |
+| `LASTGOOD_CACHE` | `0`: listings of runs with 500 and more checkpoints aren't remembered in the user's cache |
 | `LASTGOOD_NO_INPUT` | set: never ask; what would ask is refused without `--yes` |
 | `LASTGOOD_LOG` | what a training run and `lastgood run` say: DEBUG, INFO, WARNING or ERROR (INFO) |
 | `NO_COLOR` | set: no colours; there are none outside a terminal either |
@@ -114,7 +114,14 @@ def _verb(verb: str, summary: str, group: click.Context) -> list[str]:
     pieces = " ".join(command.collect_usage_pieces(context))
     other = [alias for alias, name in ALIASES.items() if name == verb]
     named = f" Also `{other[0]}`." if other else ""
-    out = [f"### {verb}\n", f"{summary}.{named}\n", "```text", f"lastgood {verb} {pieces}", "```\n", _described(command)]
+    out = [
+        f"### {verb}\n",
+        f"{summary}.{named}\n",
+        "```text",
+        f"lastgood {verb} {pieces}",
+        "```\n",
+        _described(command),
+    ]
     common = {parameter.name for parameter in _common()}
     listing = "as_json" in {parameter.name for parameter in command.params}
     own = [p for p in command.params if p.name != "own_root" and not (listing and p.name in common)]

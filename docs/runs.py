@@ -128,9 +128,10 @@ def stock() -> None:
 
 
 def lora() -> None:
-    import lastgood
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
+
+    import lastgood
 
     source = sorted(Path("out").glob("checkpoint-500"))[0]
     AutoModelForCausalLM.from_pretrained(source).save_pretrained("base")
@@ -155,10 +156,11 @@ def environment() -> dict[str, str]:
 def prepare(place: Path) -> None:
     """Everything that the sessions need, in an empty directory."""
     for phase, expected in PHASES.items():
-        found = subprocess.run(
-            [sys.executable, __file__, ".", phase], cwd=place, env=environment(), capture_output=True, text=True
+        call = [sys.executable, __file__, ".", phase]
+        found = subprocess.run(call, cwd=place, env=environment(), capture_output=True, text=True, check=False)
+        assert found.returncode == expected, (
+            f"{phase}: {found.returncode}\n{found.stdout[-3000:]}{found.stderr[-3000:]}"
         )
-        assert found.returncode == expected, f"{phase}: {found.returncode}\n{found.stdout[-3000:]}{found.stderr[-3000:]}"
     (place / "train.py").write_text(SCRIPT)
 
 

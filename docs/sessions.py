@@ -49,7 +49,7 @@ class Terminal:
             return f"{self.status}\n"
         found = subprocess.run(
             ["bash", "-c", command], cwd=self.place, env=self.environment, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, check=False,
         )  # fmt: skip
         self.status = found.returncode
         return "".join(line for line in found.stdout.splitlines(True) if not line.startswith("[transformers]"))

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from docs import reference, runs, sessions
 
+from docs import reference, runs, sessions
 from lastgood.cli.main import cli
 from lastgood.format.tensors import Tensor, encode
 
@@ -102,6 +102,7 @@ def test_every_field_is_documented_and_every_documented_field_exists(tmp_path: P
         *(f"-C {run} prune -n --keep-last 1" for run in (managed, stock)),
         *(f"-C {managed} {verb}" for verb in ("show 4", "diff 2 4", "diff 2 4 --values", "prune --keep-last 1 --yes")),
         *(f"-C {stock} {verb}" for verb in ("show 4", "diff 2 4", "prune --stock -n --keep-last 1")),
+        f"diff {tmp_path}/stock/checkpoint-4 {ROOT}/tests/data/run-format-1/checkpoint-4",
         f"-C {managed} log --all",
         f"-C {empty} resume",
     ]
