@@ -60,7 +60,7 @@ def test_the_code_runs(page: Path, tmp_path: Path) -> None:
 
 def test_only_known_kinds_of_blocks() -> None:
     for page in PAGES:
-        assert {kind for kind, _ in BLOCK.findall(page.read_text())} <= {"python", "sh", "text"}, page
+        assert {kind for kind, _ in BLOCK.findall(page.read_text())} <= {"python", "sh", "text", "console"}, page
 
 
 def test_the_commands_exist() -> None:

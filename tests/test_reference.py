@@ -1,0 +1,142 @@
+"""The pages about the command line are true: the reference, the JSON schemas and the recorded sessions."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from docs import reference, runs, sessions
+from lastgood.cli.main import cli
+from lastgood.format.tensors import Tensor, encode
+
+ROOT = Path(__file__).parent.parent
+JSON_PAGE = (ROOT / "docs" / "json.md").read_text()
+
+
+def test_the_reference_page_is_what_the_commands_say() -> None:
+    assert (ROOT / "docs" / "cli.md").read_text() == reference.page(), "./scripts/record writes it anew"
+
+
+def test_every_exit_status_and_verb_is_explained() -> None:
+    from lastgood.cli.main import EXITS, MODULES
+
+    page = reference.page()
+    assert {kind.__name__ for kind, _ in EXITS} == reference.MEANINGS.keys()
+    assert all(f"### {verb}\n" in page for verb in MODULES)
+
+
+# ---- json.md ---------------------------------------------------------------------------------
+
+Tree = dict[str, Any]
+FREE = ("NAME", "PART")
+"""Stand for any key."""
+
+
+def documented() -> dict[str, Tree]:
+    """schema -> its fields as a tree of keys; a list is the key []."""
+    found: dict[str, Tree] = {}
+    for section in re.split(r"^## ", JSON_PAGE, flags=re.MULTILINE)[1:]:
+        tree = found.setdefault(section.split()[0], {})
+        for cell in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE):
+            for path in re.findall(r"`([^`]+)`", cell):
+                at = tree
+                for key in re.findall(r"\[\]|[^.\[\]]+", path):
+                    at = at.setdefault(key, {})
+    return found
+
+
+def seen(value: Any, tree: Tree, where: str, used: set[int]) -> None:
+    """Marks what appears in the documentation; fails on what isn't in it."""
+    used.add(id(tree))
+    if not tree:
+        return  # a leaf: what is below it is described in words
+    if value is None:
+        used.update(map(id, below(tree)))  # nothing there to document
+    elif isinstance(value, list):
+        for item in value:
+            seen(item, tree["[]"], f"{where}[]", used)
+    else:
+        assert isinstance(value, dict), f"{where} is {value!r}"
+        for key, item in value.items():
+            free = next((name for name in FREE if name in tree), None)
+            assert key in tree or free, f"{where}.{key} isn't documented"
+            seen(item, tree[key if key in tree else str(free)], f"{where}.{key}", used)
+
+
+def below(tree: Tree) -> Iterator[Tree]:
+    for child in tree.values():
+        yield child
+        yield from below(child)
+
+
+def stock_run(root: Path) -> Path:
+    """As small as a stock Trainer's checkpoints can be: two with other tensors, and one that was cut off."""
+    for step, names in ((2, ("a", "b")), (4, ("b", "c")), (6, ("b",))):
+        home = root / f"checkpoint-{step}"
+        home.mkdir(parents=True)
+        tensors = [Tensor(name, "U8", (step,), memoryview(bytes(step))) for name in names]
+        (home / "model.safetensors").write_bytes(b"".join(bytes(part) for part in encode(tensors, {})[1]))
+        (home / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": step}))
+        if step < 6:
+            history = [{"step": step, "eval_loss": 1 / step}, {"step": step, "loss": 2.0}]
+            (home / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": history}))
+    return root
+
+
+def test_every_field_is_documented_and_every_documented_field_exists(tmp_path: Path) -> None:
+    managed, stock = tmp_path / "managed", stock_run(tmp_path / "stock")
+    shutil.copytree(ROOT / "tests" / "data" / "run-format-1", managed)
+    empty = stock_run(tmp_path / "none")
+    for step in (2, 4):
+        shutil.rmtree(empty / f"checkpoint-{step}")
+    calls = [
+        *(f"-C {run} {verb}" for run in (managed, stock) for verb in ("log", "verify", "verify --full", "df", "du")),
+        *(f"-C {run} {verb}" for run in (managed, stock) for verb in ("resume", "resume --check")),
+        *(f"-C {run} prune -n --keep-last 1" for run in (managed, stock)),
+        *(f"-C {managed} {verb}" for verb in ("show 4", "diff 2 4", "diff 2 4 --values", "prune --keep-last 1 --yes")),
+        *(f"-C {stock} {verb}" for verb in ("show 4", "diff 2 4", "prune --stock -n --keep-last 1")),
+        f"diff {tmp_path}/stock/checkpoint-4 {ROOT}/tests/data/run-format-1/checkpoint-4",
+        f"-C {managed} log --all",
+        f"-C {empty} resume",
+    ]
+    pages, used = documented(), set[int]()
+    for call in calls:
+        result = CliRunner().invoke(cli, [*call.split(), "--json"])
+        assert isinstance(result.exception, (SystemExit, type(None))), f"{call}: {result.exception!r}"
+        found = json.loads(result.stdout)
+        assert found["schema"] in pages, call
+        seen(found, pages[found["schema"]], found["schema"], used)
+    for schema, tree in pages.items():
+        unused = [key for parent in [tree, *below(tree)] for key, child in parent.items() if id(child) not in used]
+        assert not unused, f"{schema}: never seen: {unused}"
+
+
+# ---- the sessions ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("runs")
+    runs.prepare(place)
+    return place
+
+
+def test_the_recorded_sessions_are_still_what_happens(made: Path) -> None:
+    for page in sessions.PAGES:
+        text = page.read_text()
+        assert len(sessions.BLOCK.findall(text)) >= 1, page.name
+        now = sessions.replay(text, made)
+        assert sessions.shape(now) == sessions.shape(text), f"{page.name}: ./scripts/record writes it anew"
+
+
+def test_shapes_leave_out_what_differs_from_run_to_run() -> None:
+    a = "checkpoint-400.ea7a893f   33s  1.49578  full   1.4 MiB  3rd newest"
+    assert sessions.shape(a) == sessions.shape("checkpoint-50.0123abcd  2m  0.5  full  471.0 KiB  4th newest")
+    assert sessions.shape(a) != sessions.shape(a.replace("full", "weights"))
