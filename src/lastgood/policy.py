@@ -203,7 +203,7 @@ def decide(records: Sequence[Record], keep: Keep, *, protect: Collection[str] = 
 
 
 def enough(decisions: Sequence[Decision], wanted: int, gain: Callable[[Decision], int]) -> tuple[Decision, ...]:
-    """Of these decisions only as many as free `wanted` bytes: deletions first, then strips, the oldest first.
+    """Of these decisions as many as free `wanted` bytes: deletions before strips, branches left and old ones first.
 
     gain: bytes that a decision frees. Strips that the policy didn't ask for are added if deletions don't suffice,
     never of the newest full checkpoint or of one that is held.
@@ -216,7 +216,7 @@ def enough(decisions: Sequence[Decision], wanted: int, gain: Callable[[Decision]
         if free_to_go and record is not newest:
             queue.append(Decision(record, "strip", (*decision.reasons, "weights only: the space is needed")))
     order = {"delete": 0, "strip": 1}
-    queue.sort(key=lambda d: (order[d.action], d.record.seq))
+    queue.sort(key=lambda d: (order[d.action], d.record.current, d.record.seq))
     freed, todo = 0, {}
     for decision in queue:
         if freed >= wanted:
@@ -225,7 +225,7 @@ def enough(decisions: Sequence[Decision], wanted: int, gain: Callable[[Decision]
         freed += gain(decision)
     spared = "not needed: enough is freed without it"
     return tuple(
-        todo.get(d.record.name) or (d if d.action == "keep" else Decision(d.record, "keep", (*d.reasons, spared)))
+        todo.get(d.record.name) or (d if d.action == "keep" else Decision(d.record, "keep", (spared,)))
         for d in decisions
     )
 

@@ -13,7 +13,7 @@ from lastgood.cli.average import weight_files
 from lastgood.cli.checkout import need_torch
 from lastgood.cli.place import REV, pick, place, run_option
 from lastgood.cli.show import tensors
-from lastgood.cli.table import Style, emit, emit_json, options
+from lastgood.cli.table import Style, emit, emit_json, forms
 from lastgood.errors import UsageError
 from lastgood.model import Record
 from lastgood.store import local
@@ -31,7 +31,7 @@ CONFIGS = (
 @click.argument("a", type=REV)
 @click.argument("b", type=REV)
 @run_option
-@options
+@forms
 @click.option("--values", is_flag=True, help="Compare the weights themselves, by layer group. Needs torch.")
 @click.option("--top", default=20, metavar="N", help="With --values: the N groups that changed most (default: 20).")
 @click.option("--exit-code", is_flag=True, help="Exit status 1 if anything differs.")
@@ -67,7 +67,7 @@ def compare(view: View, old: Record, other: View, new: Record) -> dict[str, Any]
     return {
         "a": {"name": old.name, "step": old.step, "id": old.id or None, "path": str(view.path(old))},
         "b": {"name": new.name, "step": new.step, "id": new.id or None, "path": str(other.path(new))},
-        "metrics": changes(before, after),
+        "metrics": {name: c for name, c in changes(before, after).items() if not text.is_timing(name)},
         "arguments": changes(view.arguments(old), other.arguments(new)),
         "environment": changes(mine.environment if mine else {}, theirs.environment if theirs else {}),
         "facts": changes(_without_loss(mine), _without_loss(theirs)),

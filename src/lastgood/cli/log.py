@@ -197,7 +197,7 @@ def _title(path: Path, head: Mapping[str, Any], rows: Sequence[Row]) -> str:
     words = [f"run {text.plain(path.resolve().name)}"]
     words.append(f"written by {head['layout']}" if head["layout"] != "lastgood" else str(head["policy"] or "managed"))
     branches = sum(1 for row in there if not row["current"] and row["state"] in ("full", "weights") and row["id"])
-    words.append(f"{len(there)} checkpoints on disk")
+    words.append(f"{len(there)} checkpoint{'s' if len(there) != 1 else ''} on disk")
     if branches:
         words.append(f"{branches} on branches that were left")
     return "   ".join(words)
@@ -207,10 +207,10 @@ def _foot(path: Path, head: Mapping[str, Any], rows: Sequence[Row], shown: Seque
     notes = []
     hidden = len(rows) - len(shown)
     if hidden:
-        notes.append(f"...{hidden} older ones (without -n)")
+        notes.append(f"...{hidden} more (without -n)")
     gone = memory.count_deleted(path)
     if gone and not any(row["state"] == "deleted" for row in rows):
-        notes.append(f"...{gone} were deleted (lastgood log --all)")
+        notes.append(f"...{gone} {'were' if gone > 1 else 'was'} deleted (lastgood log --all)")
     if any(row["best"] for row in rows):
         better = "lower" if head["mode"] == "min" else "higher"
         notes.append(f"* best {text.plain(str(head['monitor']))} ({better} is better)")

@@ -16,7 +16,7 @@ import msgspec
 from lastgood import policy
 from lastgood.cli import text
 from lastgood.cli.place import REV, pick, place, run_option
-from lastgood.cli.table import Style, emit, emit_json, options
+from lastgood.cli.table import Style, emit, emit_json, forms
 from lastgood.errors import NotEnoughSpace, Refused, RunLocked, UsageError
 from lastgood.manager import RESERVE
 from lastgood.model import Record
@@ -43,7 +43,7 @@ class Scope:
 @click.command()
 @click.argument("run", required=False)
 @run_option
-@options
+@forms
 @click.option("--keep-last", "last", type=int, metavar="N", help="Keep the newest N.")
 @click.option("--keep-best", "best", type=int, metavar="N", help="Keep the best N by --monitor.")
 @click.option("--keep-every", "every", type=int, metavar="K", help="Keep those at multiples of K steps.")
@@ -84,9 +84,10 @@ def prune(
         if not dry_run and not no_verify and any(d.action == "delete" for d in decisions):
             view, decisions = _proven(view, rules, decisions, to_free=to_free, scope=scope)
         todo = gc.plan([d.record for d in decisions], decisions, stock=stock)
-        free_now = (to_free is not None or _short(view, todo.bytes)) if now is None else now
-        _show(view, decisions, todo, style, free_now=free_now, dry_run=dry_run)
         husks = _husks(view, stock) if incomplete else []
+        total = todo.bytes + sum(occupied(view.path(record)) for record in husks)
+        free_now = (to_free is not None or _short(view)) if now is None else now
+        _show(view, decisions, todo, style, free_now=free_now, dry_run=dry_run, husks=husks)
         if dry_run or not (todo.items or husks):
             return
         confirm(f"remove {len(todo.items) + len(husks)} things?", yes)
@@ -94,11 +95,13 @@ def prune(
         gc.execute(path, todo, undoable=number)
         for record in husks:
             _remove(path, record, number)
-        if free_now:
-            click.echo(f"freed {text.size(todo.bytes)}", err=True)
-        else:
-            click.echo(f"moved {text.size(todo.bytes)} to the trash; `lastgood undo` brings it back,"
-                       " `lastgood prune --empty-trash` frees the space", err=True)  # fmt: skip
+        _told(total, free_now)
+
+
+def _told(total: int, free_now: bool) -> None:
+    said = f"freed {text.size(total)}" if free_now else f"moved {text.size(total)} to the trash"
+    rest = "" if free_now else "; `lastgood undo` brings it back, `lastgood prune --empty-trash` frees the space"
+    click.echo(said + rest, err=True)
 
 
 def plan(view: View, rules: dict[str, Any], *, to_free: str | None = None, scope: Scope = Scope()) -> list[Decision]:
@@ -194,7 +197,7 @@ def msgspec_replace(view: View, name: str, record: Record) -> View:
     return msgspec.structs.replace(view, native=swapped(view.native), records=swapped(view.records))
 
 
-def _short(view: View, freed: int) -> bool:
+def _short(view: View) -> bool:
     """Whether the disk, as it is, has no room for one more save like the newest."""
     newest = policy.latest(view.records)
     free, inodes = local.free(view.root)
@@ -202,9 +205,22 @@ def _short(view: View, freed: int) -> bool:
 
 
 def _show(
-    view: View, decisions: Sequence[Decision], todo: gc.Plan, style: Style, *, free_now: bool, dry_run: bool
+    view: View,
+    decisions: Sequence[Decision],
+    todo: gc.Plan,
+    style: Style,
+    *,
+    free_now: bool,
+    dry_run: bool,
+    husks: Sequence[Record] = (),
 ) -> None:
     gains = {item.record.name: item.bytes for item in todo.items}
+    gains |= {record.name: occupied(view.path(record)) for record in husks}
+    gone = {record.name: f"incomplete: {record.problem}" for record in husks}
+    decisions = [
+        Decision(d.record, "delete", (gone[d.record.name],)) if d.record.name in gone else d for d in decisions
+    ]
+    freed = sum(gains.values())
     rows: list[dict[str, Any]] = [
         {
             "name": d.record.name,
@@ -218,7 +234,7 @@ def _show(
         for d in reversed(decisions)
     ]
     if style.json:
-        emit_json(SCHEMA, {"dry_run": dry_run, "frees": todo.bytes, "at_once": free_now, "decisions": rows})
+        emit_json(SCHEMA, {"dry_run": dry_run, "frees": freed, "at_once": free_now, "decisions": rows})
         return
     wide = max((text.width(row["name"]) for row in rows), default=0)
     out = []
@@ -231,14 +247,19 @@ def _show(
         out.append(f"{click.style(word, fg=colour)}  {text.plain(row['name'])}{gap}  {size:>11}  {reasons}")
     emit(out)
     total = sum(record.size for record in view.records)
-    share = f" of {style.size(total)} ({100 * todo.bytes // total} %)" if total else ""
-    if not todo.items:
+    share = f" of {style.size(total)} ({100 * freed // total} %)" if total and not husks else ""
+    if not gains:
         click.echo("nothing to remove", err=True)
     elif dry_run:
         where = "freed at once" if free_now else "kept in the trash for `lastgood undo`"
-        click.echo(f"would remove {style.size(todo.bytes)}{share}, {where}. Run again without --dry-run.", err=True)
+        click.echo(f"would remove {style.size(freed)}{share}, {where}. Run again without --dry-run.", err=True)
     else:
-        click.echo(f"removes {style.size(todo.bytes)}{share}", err=True)
+        click.echo(f"removes {style.size(freed)}{share}", err=True)
+
+
+def occupied(path: Path) -> int:
+    """Bytes of the files in a directory whose manifest doesn't say, or can't be read."""
+    return sum(local.size(Path(at) / name) or 0 for at, _, names in os.walk(path) for name in names)
 
 
 def _husks(view: View, stock: bool) -> list[Record]:
@@ -275,7 +296,7 @@ def _empty(path: Path, style: Style, dry_run: bool, yes: bool) -> None:
 @click.command()
 @click.argument("revs", metavar="REV...", type=REV, nargs=-1, required=True)
 @run_option
-@options
+@forms
 @click.option("--now/--trash", "now", default=None, help="Free the space at once, or keep it for `undo`.")
 @click.option("-n", "--dry-run", is_flag=True, help="Show the plan and stop.")
 @click.option("-y", "--yes", is_flag=True, help="Don't ask.")
@@ -292,12 +313,13 @@ def strip(root: str | None, revs: tuple[str, ...], style: Style, now: bool | Non
         for record in chosen:
             _may_strip(view, record)
         todo = gc.plan(view.records, decisions)
-        free_now = _short(view, todo.bytes) if now is None else now
+        free_now = _short(view) if now is None else now
         _show(view, decisions, todo, style, free_now=free_now, dry_run=dry_run)
         if dry_run:
             return
         confirm(f"strip {len(todo.items)} checkpoints?", yes)
         gc.execute(path, todo, undoable=None if free_now else bin.begin(path, "strip"))
+        _told(todo.bytes, free_now)
 
 
 def _may_strip(view: View, record: Record) -> None:

@@ -11,7 +11,7 @@ import click
 from lastgood import policy
 from lastgood.cli import text
 from lastgood.cli.place import pick, place, run_option
-from lastgood.cli.table import Style, emit, emit_json, options
+from lastgood.cli.table import Style, emit, emit_json, forms
 from lastgood.errors import NoCheckpoint
 from lastgood.layouts import trainer
 from lastgood.model import Record
@@ -24,7 +24,7 @@ SCHEMA = "lastgood.resume/1"
 @click.command()
 @click.argument("run", required=False)
 @run_option
-@options
+@forms
 @click.option("--from", "start", default="last", metavar="last|best|STEP", help="Where to resume from (default: last).")
 @click.option("--check", is_flag=True, help="Hash every byte, as a resume does; without it sizes and headers.")
 @click.option("--print-path", is_flag=True, help="Print the path alone, for scripts.")

@@ -134,7 +134,10 @@ def _card(view: View, record: Record, style: Style, found: list[dict[str, Any]])
         out.append(f"  note       {text.plain(view.notes[record.id])}")
     values = {**({"loss": manifest.facts["loss"]} if "loss" in manifest.facts else {}), **record.metrics}
     if values:
-        out.append("  metrics    " + "  ".join(f"{text.plain(k)}={_value(v)}" for k, v in values.items()))
+        out.append(
+            "  metrics    "
+            + "  ".join(f"{text.plain(k)}={_value(v)}" for k, v in values.items() if not text.is_timing(k))
+        )
     out.append(click.style(f"parts ({style.size(record.size)})", bold=True))
     for part, names in manifest.parts.items():
         total = sum(manifest.files[name].size for name in names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -46,27 +47,28 @@ class Style(msgspec.Struct, frozen=True):
 
 def options(function: F) -> F:
     """The options that every listing has: they arrive as one `style`."""
-    import functools
+
+    @click.option("-o", "columns", metavar="COL,...", help="Columns to show, in this order.")
+    @click.option("--sort", metavar="COL", help="Sort by a column; --sort=-COL turns it round.")
+    @click.option("-H", "script", is_flag=True, help="For scripts: no header, tabs, exact values.")
+    @functools.wraps(function)
+    def wrapped(*args: Any, columns: str | None, sort: str | None, script: bool, style: Style, **rest: Any) -> Any:
+        chosen = tuple(word.strip() for word in columns.split(",")) if columns else ()
+        wanted = msgspec.structs.replace(style, columns=chosen, sort=sort, header=not script)
+        return function(*args, style=wanted, **rest)
+
+    return forms(wrapped)  # type: ignore[return-value]
+
+
+def forms(function: F) -> F:
+    """The options of what isn't a listing: the form of the output, and of sizes in it."""
 
     @click.option("--json", "as_json", is_flag=True, help="JSON with a versioned schema (docs/json.md).")
-    @click.option("-o", "columns", metavar="COL,...", help="Columns to show, in this order.")
-    @click.option("--sort", metavar="COL", help="Sort by a column; -COL turns it round.")
-    @click.option("-H", "script", is_flag=True, help="For scripts: no header, tabs, exact values.")
     @click.option("--bytes", "exact", is_flag=True, help="Sizes in bytes.")
     @click.option("--si", is_flag=True, help="Sizes in powers of 1000.")
     @functools.wraps(function)
-    def wrapped(
-        *args: Any,
-        as_json: bool,
-        columns: str | None,
-        sort: str | None,
-        script: bool,
-        exact: bool,
-        si: bool,
-        **rest: Any,
-    ) -> Any:
-        chosen = tuple(word.strip() for word in columns.split(",")) if columns else ()
-        return function(*args, style=Style(as_json, chosen, sort, not script, exact, si), **rest)
+    def wrapped(*args: Any, as_json: bool, exact: bool, si: bool, **rest: Any) -> Any:
+        return function(*args, style=Style(json=as_json, bytes=exact, si=si), **rest)
 
     return wrapped  # type: ignore[return-value]
 

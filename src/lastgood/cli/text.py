@@ -22,6 +22,11 @@ def size(count: int, *, si: bool = False) -> str:
     return f"{value:.1f} {(_SI if si else _IEC)[-1]}"
 
 
+def is_timing(metric: str) -> bool:
+    """Whether a metric tells of the evaluation's speed, which differs every time and ranks nothing."""
+    return metric.endswith(("_runtime", "_per_second", "_preparation_time"))
+
+
 def parse_size(text: str) -> int:
     """Bytes of 200GB, 1.5 TiB, 4096. Raises ValueError."""
     word = text.strip().replace(" ", "").upper().removesuffix("B")

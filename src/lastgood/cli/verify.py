@@ -12,7 +12,7 @@ import click
 
 from lastgood.cli import text
 from lastgood.cli.place import REV, pick, place, run_option
-from lastgood.cli.table import Style, emit, emit_json, options
+from lastgood.cli.table import Style, emit, emit_json, forms
 from lastgood.errors import UsageError
 from lastgood.model import Record
 from lastgood.view import View, look
@@ -23,7 +23,7 @@ SCHEMA = "lastgood.verify/1"
 @click.command()
 @click.argument("revs", metavar="[REV]...", type=REV, nargs=-1)
 @run_option
-@options
+@forms
 @click.option("--full", is_flag=True, help="Read and hash every byte; without it sizes and headers.")
 @click.option("--subset", metavar="K/N", help="With --full: only the K-th N-th of the bytes, for a scrub in turns.")
 @click.option(
