@@ -8,10 +8,11 @@ close are never swallowed and never retried: after one, nothing is known about t
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -68,6 +69,11 @@ def replace(path: Path, data: bytes) -> None:
         os.unlink(temporary)
         raise
     sync_dir(path.parent)
+
+
+def torn(name: str, of: Collection[str]) -> bool:
+    """Whether this is the temporary file of a `replace` of one of these names: what a crash in it leaves."""
+    return name[:1] == "." and name[1:-9] in of and re.fullmatch(r"\.[0-9a-f]{8}", name[-9:]) is not None
 
 
 def append(path: Path, data: bytes, *, sync: bool) -> None:
