@@ -77,9 +77,14 @@ def torn(name: str, of: Collection[str]) -> bool:
 
 
 def append(path: Path, data: bytes, *, sync: bool) -> None:
-    """Add to the end in one write."""
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _SAFE, 0o666)
+    """Add lines to the end in one write; a line before them that a crash tore doesn't spoil the first one."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | _SAFE, 0o666)
     try:
+        end = os.fstat(handle).st_size
+        if end:
+            os.lseek(handle, end - 1, os.SEEK_SET)
+            if os.read(handle, 1) != b"\n":
+                data = b"\n" + data
         written = os.write(handle, data)
         if written != len(data):
             raise OSError(28, f"{written} of {len(data)} bytes written", os.fspath(path))
