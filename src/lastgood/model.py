@@ -155,7 +155,7 @@ def going_on(found: Sequence[Record], head: Head | None) -> dict[str, str]:
     if head is None or not head.lineage or next_seq(found, None) > head.next:
         return {}
     tip = head.lineage[-1][1]
-    return {r.id: "resumed from here, nothing newer yet" for r in found if r.ours and r.current and r.seq == tip}
+    return {r.id: "the run goes on from here" for r in found if r.ours and r.current and r.seq == tip}
 
 
 def on_lineage(seq: int, lineage: Iterable[Span]) -> bool:

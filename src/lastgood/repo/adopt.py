@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
+
 from lastgood.format import manifest as codec
 from lastgood.model import FORMAT, Head, Manifest, Record, Span, extend, lineage_in_force, next_seq, on_lineage
 from lastgood.repo import journal, metrics
 from lastgood.repo.layout import new_id
 from lastgood.repo.read import records
-from lastgood.repo.run import read_head, read_run, start_run, write_head
+from lastgood.repo.run import forget_head, read_head, read_run, start_run, write_head
 from lastgood.store import local
 
 
@@ -38,45 +40,59 @@ class Chain:
     after: Record | None = None
 
 
+class _Place(msgspec.Struct, frozen=True):
+    """Where in the run a checkpoint comes: what of its manifest doesn't lie in its files."""
+
+    id: str
+    seq: int
+    lineage: tuple[Span, ...]
+    parent: str | None
+
+
 def adopt(root: Path, chains: Sequence[Chain], *, progress: Callable[[int], None] | None = None) -> list[Manifest]:
     """Write their manifests. A chain that continues where the run is moves it on; the others are branches beside it.
 
-    In a run without checkpoints of its own the last chain becomes the current branch. Raises OSError; what was
-    adopted until then stays adopted, and calling again goes on with the rest.
+    Where the run isn't anywhere yet, the last chain becomes the current branch. Raises OSError; what was adopted until
+    then stays adopted, and calling again goes on with the rest.
     """
     run = read_run(root) or start_run(root)
-    before = records(root)
-    own = [record for record in before if record.ours]
-    head = read_head(root, run)
-    way: tuple[Span, ...] = lineage_in_force(own, head)
-    seq, made = next_seq(before, head), []
-    newest = max((record.seq for record in own if on_lineage(record.seq, way)), default=0)
+    before, head = records(root), read_head(root, run)
+    way = lineage_in_force(before, head)
+    seq = next_seq(before, head)
+    newest = max((record.seq for record in before if record.ours and on_lineage(record.seq, way)), default=0)
+    start, placed = newest, []
     for chain in chains:
         after = chain.after.manifest if chain.after is not None else None
         lineage, parent = ((), None) if after is None else (after.lineage, after.id)
-        moves_on = after is not None and after.seq == newest
+        moves_on = start == 0 or (after is not None and after.seq == newest)
         for item in sorted(chain.items, key=lambda item: item.step):
-            lineage = extend(lineage, seq)
-            manifest = _manifest(run, item, seq, lineage, parent, progress)
-            if item.metrics:
-                metrics.record(root, manifest.id, item.step, item.metrics)
-            local.replace(item.path / codec.NAME, codec.encode(manifest))
-            journal.append(root, "adopted", step=item.step, id=manifest.id, bytes=manifest.size)
-            made.append(manifest)
-            parent, seq = manifest.id, seq + 1
+            place = _Place(new_id(), seq, extend(lineage, seq), parent)
+            placed.append((item, place))
+            lineage, parent, seq = place.lineage, place.id, seq + 1
         if moves_on and chain.items:
             way, newest = lineage, seq - 1
-    if own and made and made[-1].lineage != way:
+    if placed:
+        # Before the first manifest: wherever this is cut short, the run stands where it will stand in the end.
         write_head(root, Head(run=run, lineage=way, next=seq))
+    made = [_adopt(root, run, item, place, progress) for item, place in placed]
+    if made and made[-1].lineage == way:
+        forget_head(root)  # the newest says the same
     return made
+
+
+def _adopt(root: Path, run: str, item: Candidate, place: _Place, progress: Callable[[int], None] | None) -> Manifest:
+    manifest = _manifest(run, item, place, progress)
+    if item.metrics:
+        metrics.record(root, manifest.id, item.step, item.metrics)
+    local.replace(item.path / codec.NAME, codec.encode(manifest))
+    journal.append(root, "adopted", step=item.step, id=manifest.id, bytes=manifest.size)
+    return manifest
 
 
 def _manifest(
     run: str,
     item: Candidate,
-    seq: int,
-    lineage: tuple[Span, ...],
-    parent: str | None,
+    place: _Place,
     progress: Callable[[int], None] | None,
 ) -> Manifest:
     files = {}
@@ -86,12 +102,12 @@ def _manifest(
             progress(files[name].size)
     return Manifest(
         format=FORMAT,
-        id=new_id(),
+        id=place.id,
         run=run,
         step=item.step,
-        seq=seq,
-        lineage=lineage,
-        parent=parent,
+        seq=place.seq,
+        lineage=place.lineage,
+        parent=place.parent,
         created=item.created,
         parts={part: tuple(names) for part, names in item.parts.items()},
         files=files,

@@ -11,9 +11,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lastgood.errors import NoCheckpoint
+from lastgood.errors import CorruptCheckpoint, NoCheckpoint
 from lastgood.format import guard
 from lastgood.format import manifest as codec
+from lastgood.model import Manifest
 from lastgood.repo import journal
 from lastgood.repo.layout import hidden, new_id, step_of
 from lastgood.store import local
@@ -55,6 +56,29 @@ def _strip_place(name: str) -> str:
     return f"{checkpoint}.stripped/{file}"
 
 
+def held_back(root: Path) -> dict[str, Path]:
+    """id of a stripped checkpoint -> where its old manifest and files are kept."""
+    places = {}
+    for number in operations(root):
+        for name in local.names(hidden(root, "undo", number)):
+            if name.endswith(".stripped"):
+                place = hidden(root, "undo", number, name)
+                places[_id(place)] = place
+    return places
+
+
+def rescue(directory: Path, light: Manifest, place: Path) -> None:
+    """What a strip or an undo that was cut short left in a weights-only checkpoint goes to where `undo` looks for it.
+
+    Raises OSError.
+    """
+    old = _manifest(place)
+    for name in () if old is None else sorted(old.files.keys() - light.files.keys()):
+        if local.size(directory / name) is not None and not os.path.lexists(place / name):
+            local.make_dirs((place / name).parent)
+            local.rename(directory / name, place / name)
+
+
 def size(root: Path) -> int:
     """Bytes that emptying would free."""
     total = 0
@@ -77,7 +101,7 @@ def undo(root: Path) -> list[str]:
         elif step_of(name) is not None:
             done.append(_bring_back(root, place / name, name))
     local.remove(place)
-    return done
+    return done or ["nothing was left of the last operation; again for the one before"]
 
 
 def _bring_back(root: Path, source: Path, name: str) -> str:
@@ -90,20 +114,25 @@ def _bring_back(root: Path, source: Path, name: str) -> str:
 
 
 def _unstrip(root: Path, source: Path, name: str) -> str:
-    directory = root / name
-    if not (directory / codec.NAME).is_file() or _id(directory) != _id(source):
+    old = _manifest(source)
+    # By its id: another one may have its name by now, because the same step was saved again.
+    named = [name, *(other for other in local.names(root) if step_of(other) is not None)]
+    found = next((other for other in named if old is not None and _id(root / other) == old.id), None)
+    if old is None or found is None:
         return f"{name} isn't there any more; its files were dropped"
-    old = local.read(source / codec.NAME, codec.LIMIT)
-    for folder, _, files in os.walk(source):
-        for name_inside in files:
-            file = (Path(folder) / name_inside).relative_to(source)
-            if file.as_posix() in guard.NAMES:
-                local.unlink(directory / file)
-            if file.as_posix() != codec.NAME:
-                local.make_dirs((directory / file).parent)
-                local.rename(source / file, directory / file)
+    name, directory = found, root / found
+    there = {file: (source / file, directory / file) for file in old.files}
+    lost = [file for file, at in there.items() if old.files[file].size not in map(local.size, at)]
+    if lost:  # stripped again in the meantime: the old manifest would make it an incomplete one
+        return f"{name} stays as it is: {', '.join(lost[:3])} can't be brought back"
+    for file, (kept, target) in there.items():
+        if local.size(kept) is not None:
+            if file in guard.NAMES:
+                local.unlink(target)
+            local.make_dirs(target.parent)
+            local.rename(kept, target)
     # The manifest last: the checkpoint is full again when all of its files are there.
-    local.replace(directory / codec.NAME, old)
+    local.replace(directory / codec.NAME, local.read(source / codec.NAME, codec.LIMIT))
     journal.append(root, "restored", name=name, id=_id(directory))
     return f"{name} is full again"
 
@@ -117,6 +146,13 @@ def empty(root: Path) -> int:
         local.vanish(hidden(root, "undo", number), grave)
         local.remove(grave)
     return total
+
+
+def _manifest(directory: Path) -> Manifest | None:
+    try:
+        return codec.decode(local.read(directory / codec.NAME, codec.LIMIT), codec.NAME)
+    except (OSError, CorruptCheckpoint):
+        return None
 
 
 def _id(directory: Path) -> str:

@@ -19,6 +19,8 @@ from lastgood.store import local
 
 RESUME_ONLY = frozenset({"optimizer.safetensors", "resume.json"})
 """Files that only a full checkpoint has: what an interrupted strip may leave behind."""
+OWN = ("run.json", "head.json", "policy.json")
+"""What only the holder of the run's lock replaces: a temporary file of theirs is nobody's any more."""
 GRAVE = f"{HIDDEN}.grave."
 """How a directory that is being deleted is called where a full disk leaves no room for a trash directory."""
 
@@ -143,8 +145,20 @@ def sweep(root: Path) -> None:
     for name in local.names(root):
         if name.startswith(GRAVE):
             local.remove(root / name)
+    for name in local.names(hidden(root)):
+        if local.torn(name, OWN):
+            local.unlink(hidden(root, name))
+    held_back = bin.held_back(root)
     for record in records(root):
+        for name in local.names(root / record.name):
+            if local.torn(name, (codec.NAME, *guard.NAMES) if record.ours else (codec.NAME,)):
+                local.unlink(root / record.name / name)
         if record.state == "weights" and record.manifest is not None:
+            if record.id in held_back:
+                try:
+                    bin.rescue(root / record.name, record.manifest, held_back[record.id])
+                except OSError:
+                    continue  # no room: as it is, it harms nobody, and the next sweep tries again
             for name in RESUME_ONLY - record.manifest.files.keys():
                 local.unlink(root / record.name / name)
             _guard(root / record.name, record.manifest)

@@ -50,6 +50,11 @@ def write_head(root: Path, head: Head) -> None:
     local.replace(hidden(root, HEAD), _json(head))
 
 
+def forget_head(root: Path) -> None:
+    """The run is where its newest checkpoint is."""
+    local.unlink(hidden(root, HEAD))
+
+
 def write_policy(root: Path, options: Mapping[str, object]) -> None:
     """Remember the policy of the run that begins, so that listings and `prune` can say why something is kept."""
     content = f"{json.dumps(dict(options), indent=1)}\n".encode()

@@ -8,8 +8,9 @@ close are never swallowed and never retried: after one, nothing is known about t
 from __future__ import annotations
 
 import os
+import re
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from blake3 import blake3
@@ -67,10 +68,20 @@ def replace(path: Path, data: bytes) -> None:
     sync_dir(path.parent)
 
 
+def torn(name: str, of: Collection[str]) -> bool:
+    """Whether this is the temporary file of a `replace` of one of these names: what a crash in it leaves."""
+    return name[:1] == "." and name[1:-9] in of and re.fullmatch(r"\.[0-9a-f]{8}", name[-9:]) is not None
+
+
 def append(path: Path, data: bytes, *, sync: bool) -> None:
-    """Add to the end in one write."""
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _SAFE, 0o666)
+    """Add lines to the end in one write; a line before them that a crash tore doesn't spoil the first one."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | _SAFE, 0o666)
     try:
+        end = os.fstat(handle).st_size
+        if end:
+            os.lseek(handle, end - 1, os.SEEK_SET)
+            if os.read(handle, 1) != b"\n":
+                data = b"\n" + data
         written = os.write(handle, data)
         if written != len(data):
             raise OSError(28, f"{written} of {len(data)} bytes written", os.fspath(path))
