@@ -80,7 +80,7 @@ def as_somebody(root: Path, *words: str) -> tuple[int, str]:
     done = subprocess.run(
         [sys.executable, "-m", "lastgood", "-C", str(root), *words],
         env=cli.environment(), capture_output=True, text=True, timeout=60, check=False,
-        preexec_fn=without_privileges,  # noqa: PLW1509 (this process has no threads that could hold a lock)
+        preexec_fn=without_privileges,
     )  # fmt: skip
     return done.returncode, done.stderr
 
