@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import io
 import os
 import sys
 from typing import Any
@@ -128,6 +129,9 @@ def cli(ctx: click.Context, root: str | None) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: never returns."""
     gc.disable()  # a short life with many small objects: collecting them costs a third of a long listing
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal in Latin-1 has no ellipsis
+            stream.reconfigure(errors="backslashreplace")
     colour = False if os.environ.get("NO_COLOR") else None
     try:
         code = cli.main(arguments, prog_name="lastgood", standalone_mode=False, color=colour)
@@ -148,6 +152,10 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         click.echo(f"error: {error}", err=True)
         code = 5 if error.errno in (28, 122) else 1
+    except RecursionError:
+        code = _explain(
+            CorruptCheckpoint("a file is nested too deeply to be read", hint="`lastgood verify` says which")
+        )
     sys.exit(code if isinstance(code, int) else 0)
 
 

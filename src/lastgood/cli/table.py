@@ -107,7 +107,7 @@ def lines(
     if not style.header:
         return ["\t".join(_exact(row.get(c.key)) for c in columns) for row in rows]
     cells = [[text.plain(c.show(row[c.key])) if row.get(c.key) is not None else "-" for c in columns] for row in rows]
-    titles = [column.title for column in columns]
+    titles = [text.plain(column.title) for column in columns]
     widths = [max(map(text.width, column)) for column in zip(titles, *cells, strict=True)]
     if columns_wide is not None:
         _narrow(columns, widths, columns_wide)

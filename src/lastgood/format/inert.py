@@ -167,13 +167,9 @@ def bounded(value: Any, limit: int) -> Any:
             count += 1
             if count > limit:
                 raise CorruptCheckpoint("a pickle in which the same things are named over and over")
-            if isinstance(item, Node):
-                item = item.args if item.name in FOLLOWED else item.pairs if item.pairs else ()
-            if isinstance(item, dict):
-                pending.append(iter(item.values()))
-                break
-            if isinstance(item, (list, tuple, set)) and item:
-                pending.append(iter(item))
+            inner = (item.args if item.name in FOLLOWED else item.pairs) if isinstance(item, Node) else item
+            if isinstance(inner, (dict, list, tuple, set)) and inner:
+                pending.append(iter(inner.values() if isinstance(inner, dict) else inner))
                 break
         else:
             pending.pop()

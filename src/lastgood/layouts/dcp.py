@@ -144,7 +144,8 @@ def _items(storage: dict[Any, Any]) -> Iterator[Item]:
             raise CorruptCheckpoint(f"{METADATA} names a place outside the checkpoint")
         if not all(type(n) is int and 0 <= n < 1 << 62 for n in (begin, length)):
             raise CorruptCheckpoint(f"{METADATA} names bytes of {file[:200]} that no file can have")
-        assert isinstance(begin, int) and isinstance(length, int)
+        assert isinstance(begin, int)
+        assert isinstance(length, int)
         offset = index.get("offset")
         yield Item(name, file, begin, length, None if offset is None else _extents(offset))
 
