@@ -22,11 +22,13 @@ from lastgood.manager import RESERVE
 from lastgood.model import Record
 from lastgood.policy import Decision, Keep
 from lastgood.repo import bin, gc, journal
+from lastgood.repo.layout import HIDDEN
 from lastgood.repo.lock import RunLock
 from lastgood.store import local
 from lastgood.view import View, look
 
 SCHEMA = "lastgood.prune/1"
+HIDDEN_FOLDERS = ("tmp", "trash", "undo", "quarantine")
 TRAINERS = ("trainer", "fsdp", "deepspeed")
 """Layouts whose checkpoints `--stock` may delete: directories of their own, one per step."""
 
@@ -340,6 +342,9 @@ def held(root: Path, dry_run: bool) -> Iterator[None]:
     if dry_run:
         yield
         return
+    for name in ("", *HIDDEN_FOLDERS):
+        if (root / HIDDEN / name).is_symlink():
+            raise Refused(f"{root / HIDDEN / name} is a link: what is behind it isn't ours to change or delete")
     lock = RunLock(root)
     try:
         lock.acquire(anonymous=True)

@@ -108,7 +108,7 @@ def write_note(root: Path, id: str, text: str) -> None:
     """Replace the note of a checkpoint; an empty one removes it."""
     with _alone(root):
         notes = {**read_notes(root), id: text}
-        content = json.dumps({key: value for key, value in notes.items() if value}, indent=1, ensure_ascii=False)
+        content = json.dumps({key: value for key, value in notes.items() if value}, indent=1)
         local.replace(hidden(root, NOTES), f"{content}\n".encode())
 
 
