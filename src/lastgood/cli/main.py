@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 import click
+from click.utils import PacifyFlushWrapper
 
 from lastgood import __version__
 from lastgood.errors import (
@@ -144,27 +145,35 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted; what was done until then is complete, the rest is untouched", err=True)
         code = 130
-    except BrokenPipeError:  # `lastgood log | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        code = 0
+    except BrokenPipeError:
+        code = _nobody_reads()
+    except SystemExit as leave:
+        # Where click meets the broken pipe first, it exits with 1.
+        code = _nobody_reads() if isinstance(sys.stdout, PacifyFlushWrapper) else leave.code
     except LastgoodError as error:
-        code = _explain(error)
+        code = _explain(error, colour)
     except OSError as error:
         click.echo(f"error: {error}", err=True)
         code = 5 if error.errno in (28, 122) else 1
     except RecursionError:
         code = _explain(
-            CorruptCheckpoint("a file is nested too deeply to be read", hint="`lastgood verify` says which")
+            CorruptCheckpoint("a file is nested too deeply to be read", hint="`lastgood verify` says which"), colour
         )
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _explain(error: LastgoodError) -> int:
+def _nobody_reads() -> int:
+    """`lastgood log | head` is no failure."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return 0
+
+
+def _explain(error: LastgoodError, colour: bool | None) -> int:
     from lastgood.cli.text import plain
 
-    click.echo(click.style("error: ", fg="red", bold=True) + plain(error.message, keep="\n"), err=True)
+    click.echo(click.style("error: ", fg="red", bold=True) + plain(error.message, keep="\n"), err=True, color=colour)
     if error.hint:
-        click.echo(click.style("help: ", fg="cyan") + plain(error.hint, keep="\n"), err=True)
+        click.echo(click.style("help: ", fg="cyan") + plain(error.hint, keep="\n"), err=True, color=colour)
     return next((code for kind, code in EXITS if isinstance(error, kind)), 1)
 
 
