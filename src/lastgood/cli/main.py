@@ -10,7 +10,6 @@ import sys
 from typing import Any
 
 import click
-from click.utils import PacifyFlushWrapper
 
 from lastgood import __version__
 from lastgood.errors import (
@@ -130,7 +129,8 @@ def cli(ctx: click.Context, root: str | None) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: never returns."""
     gc.disable()  # a short life with many small objects: collecting them costs a third of a long listing
-    for stream in (sys.stdout, sys.stderr):
+    stdout = sys.stdout
+    for stream in (stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal in Latin-1 has no ellipsis
             stream.reconfigure(errors="backslashreplace")
     colour = False if os.environ.get("NO_COLOR") else None
@@ -148,8 +148,8 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:
         code = _nobody_reads()
     except SystemExit as leave:
-        # Where click meets the broken pipe first, it exits with 1.
-        code = _nobody_reads() if isinstance(sys.stdout, PacifyFlushWrapper) else leave.code
+        # Where click meets the broken pipe first, it puts something in the place of stdout and exits with 1.
+        code = _nobody_reads() if sys.stdout is not stdout else leave.code
     except LastgoodError as error:
         code = _explain(error, colour)
     except OSError as error:
