@@ -22,6 +22,8 @@ def resolve(text: str, records: Sequence[Record], *, monitor: str | None = None,
     monitor, mode: the metric that `best` alone means.
     """
     back = _BACK.fullmatch(text)
+    if back and text.count("~") > 50:
+        raise UsageError(f"{text[:40]!r}... goes back too often", hint="latest~60 is one step of sixty")
     if back:
         return _before(resolve(back[1], records, monitor=monitor, mode=mode), int(back[2] or 1), records)
     if text in ("latest", "last", "HEAD"):

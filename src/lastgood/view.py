@@ -25,6 +25,9 @@ from lastgood.store import local
 if TYPE_CHECKING:
     from lastgood.layouts.found import Found
 
+LONGEST = 200
+"""Characters in the name of a metric that is looked at: what a name means takes the square of its words."""
+
 
 class View(msgspec.Struct, frozen=True):
     """native: what is on disk by the one definition. records: the same and other tools' checkpoints, all readable.
@@ -151,6 +154,8 @@ def _record(name: str, item: Found, place: int, managed: bool) -> Record:
 
 def _policy(root: Path) -> Keep | None:
     options: dict[str, Any] = read_policy(root)
+    if len(str(options.get("monitor", ""))) > LONGEST:
+        return None
     try:
         return Keep(**options) if options else None
     except (LastgoodError, TypeError):  # written by a version with other options
@@ -166,12 +171,12 @@ def _metric(root: Path, everything: Sequence[Record], keep: Keep | None) -> tupl
         return None, None
     saved = _arguments(root, newest)
     name = saved.get("metric_for_best_model")
-    if isinstance(name, str) and name:
+    if isinstance(name, str) and 0 < len(name) <= LONGEST:
         greater = saved.get("greater_is_better")
         mode: Mode | None = known_mode(name) if greater is None else "max" if greater else "min"
         full = name if any(name in r.metrics for r in everything) else f"eval_{name.removeprefix('eval_')}"
         return full, mode
-    recorded = {metric for record in everything for metric in record.metrics}
+    recorded = {metric for record in everything for metric in record.metrics if len(metric) <= LONGEST}
     for metric in ("eval_loss", "val_loss", *sorted(recorded)):
         if metric in recorded and known_mode(metric) is not None:
             return metric, known_mode(metric)

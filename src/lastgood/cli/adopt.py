@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from lastgood.cli import text
-from lastgood.cli.place import place, run_option
+from lastgood.cli.place import run_at, run_option
 from lastgood.cli.prune import TRAINERS, confirm, held
 from lastgood.cli.verify import _progress
 from lastgood.errors import NoCheckpoint, NotSupported
@@ -33,7 +33,7 @@ def adopt(root: str | None, run: str | None, dry_run: bool, yes: bool) -> None:
     verified, pruned, stripped, pinned and tagged. Damaged and incomplete ones are left as they are. Checkpoints of
     Lightning, Accelerate and torch.distributed are brought in with `lastgood import` instead.
     """
-    path, _ = place(root, run)
+    path = run_at(root, run)
     with held(path, dry_run):
         view = look(path)
         chains, skipped = candidates(view)

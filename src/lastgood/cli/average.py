@@ -57,7 +57,7 @@ def average(root: str | None, revs: tuple[str, ...], directory: Path, shares: st
     for record, part in zip(records, parts, strict=True):
         click.echo(f"{text.plain(record.name)}\t{part:.6g}")
     if taken:
-        click.echo(f"{len(taken)} tensors of whole numbers are those of {newest.name}", err=True)
+        click.echo(f"{len(taken)} tensors of whole numbers are those of {text.plain(newest.name)}", err=True)
     click.echo(f"wrote {text.plain(str(directory))}", err=True)
 
 

@@ -11,7 +11,7 @@ import click
 
 from lastgood import policy
 from lastgood.cli import text
-from lastgood.cli.place import place, run_option
+from lastgood.cli.place import run_at, run_option
 from lastgood.cli.table import Column, Row, Style, choose, emit, emit_json, lines, options, ordered, terminal_width
 from lastgood.forecast import Forecast, forecast
 from lastgood.manager import RESERVE
@@ -35,7 +35,7 @@ def df(root: str | None, run: str | None, style: Style) -> None:
     On disk counts blocks, and files that several checkpoints share (hard links) once. Reclaimable is what the run's
     own policy lets go, what interrupted saves left, and the trash.
     """
-    path, _ = place(root, run)
+    path = run_at(root, run)
     view = look(path)
     rows = kinds(view)
     disk = _disk(view)
@@ -64,7 +64,7 @@ def df(root: str | None, run: str | None, style: Style) -> None:
 @options
 def du(root: str | None, run: str | None, style: Style) -> None:
     """Space per checkpoint and part, the largest first."""
-    path, _ = place(root, run)
+    path = run_at(root, run)
     view = look(path)
     parts = sorted({part for r in view.records if r.manifest is not None for part in r.manifest.parts})
     rows = [_by_part(record, parts) for record in view.records]

@@ -87,12 +87,12 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, li
     }
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(values: Mapping[str, Any], prefix: str = "", depth: int = 0) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value:
-            found |= _flat(value, f"{name}.")
+        if isinstance(value, Mapping) and value and depth < 20:
+            found |= _flat(value, f"{name}.", depth + 1)
         else:
             found[name] = value
     return found
@@ -195,7 +195,10 @@ def _lines(content: dict[str, Any], top: int) -> list[str]:
         if shapes.get(kind):
             names = ", ".join(map(text.plain, shapes[kind][:8]))
             out.append(f"  {kind} {len(shapes[kind])}: {names}" + (" ..." if len(shapes[kind]) > 8 else ""))
-    out += [f"  {text.plain(n)}  {old} -> {new}" for n, (old, new) in shapes.get("reshaped", {}).items()]
+    out += [
+        f"  {text.plain(n)}  {text.plain(old)} -> {text.plain(new)}"
+        for n, (old, new) in shapes.get("reshaped", {}).items()
+    ]
     if "values" in content:
         out += _weights(content["values"], top)
     return out

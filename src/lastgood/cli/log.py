@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from lastgood.cli import memory, text
-from lastgood.cli.place import place, run_option
+from lastgood.cli.place import run_at, run_option
 from lastgood.cli.table import Column, Row, Style, choose, emit, emit_json, lines, options, ordered, terminal_width
 from lastgood.model import Record
 from lastgood.policy import metric_of
@@ -42,7 +42,7 @@ def log(
     States: full (a resume finds everything), weights (the model alone), incomplete (a save that was cut off, or
     damage), foreign (another run's), deleted (with --all). A star marks the best.
     """
-    path, _ = place(root, run)
+    path = run_at(root, run)
     rows, head = _listing(path, metric)
     if everything:
         rows = sorted(rows + _deleted(path, {row["id"] for row in rows}, head["monitor"]), key=_newest)
@@ -54,13 +54,19 @@ def log(
     default = ["step", "when", "train", "eval", "state", "size", "why"]
     if any(not _plainly_named(row) for row in shown):
         default.insert(1, "name")
-    table = lines(choose(known, default, style), shown, style, columns_wide=terminal_width())
+    marks = [""] * (len(shown) + 1)
     if graph and style.header:
         from lastgood.cli.graph import lanes
 
-        table = [f"{mark}{line}" for mark, line in zip(lanes(shown), table, strict=True)]
+        marks = lanes(shown)
+    wide = terminal_width()
+    room = None if wide is None else max(8, wide - len(marks[0]))
+    table = lines(choose(known, default, style), shown, style, columns_wide=room)
     if style.header:
-        table = [_title(path, head, rows), *table, *_foot(path, head, rows, shown)]
+        table = [f"{mark}{line}" for mark, line in zip(marks, table, strict=True)]
+        said = [_title(path, head, rows)], _foot(path, head, rows, shown)
+        title, foot = ([part for line in block for part in text.wrapped(line, wide)] for block in said)
+        table = [*title, *table, *foot]
     emit(table)
 
 
@@ -142,7 +148,7 @@ def _deleted(path: Path, there: set[Any], monitor: str | None) -> list[dict[str,
             there.add(id)
             values = metrics.read(path, id)
             record = Record(name=f"checkpoint-{event['step']}", step=event["step"], state="full", metrics=values)
-            reasons = event.get("reasons")
+            reasons, when = event.get("reasons"), saved.get(id, {}).get("time")
             rows.append(
                 {
                     **dict.fromkeys(("seq", "parent", "size", "train", "note"), None),
@@ -151,7 +157,7 @@ def _deleted(path: Path, there: set[Any], monitor: str | None) -> list[dict[str,
                     "id": id,
                     "lineage": (),
                     "current": False,
-                    "when": saved.get(id, {}).get("time"),
+                    "when": when if isinstance(when, (int, float)) else None,
                     "eval": metric_of(record, monitor) if monitor else None,
                     "metrics": values,
                     "best": False,
@@ -195,7 +201,11 @@ def _columns(style: Style, head: Mapping[str, Any]) -> list[Column]:
 def _title(path: Path, head: Mapping[str, Any], rows: Sequence[Row]) -> str:
     there = [row for row in rows if row["state"] != "deleted"]
     words = [f"run {text.plain(path.resolve().name)}"]
-    words.append(f"written by {head['layout']}" if head["layout"] != "lastgood" else str(head["policy"] or "managed"))
+    words.append(
+        f"written by {text.plain(head['layout'])}"
+        if head["layout"] != "lastgood"
+        else text.plain(str(head["policy"] or "managed"))
+    )
     branches = sum(1 for row in there if not row["current"] and row["state"] in ("full", "weights") and row["id"])
     words.append(f"{len(there)} checkpoint{'s' if len(there) != 1 else ''} on disk")
     if branches:

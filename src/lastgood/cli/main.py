@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import io
 import os
 import sys
 from typing import Any
@@ -128,6 +129,10 @@ def cli(ctx: click.Context, root: str | None) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: never returns."""
     gc.disable()  # a short life with many small objects: collecting them costs a third of a long listing
+    stdout = sys.stdout
+    for stream in (stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal in Latin-1 has no ellipsis
+            stream.reconfigure(errors="backslashreplace")
     colour = False if os.environ.get("NO_COLOR") else None
     try:
         code = cli.main(arguments, prog_name="lastgood", standalone_mode=False, color=colour)
@@ -140,23 +145,35 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted; what was done until then is complete, the rest is untouched", err=True)
         code = 130
-    except BrokenPipeError:  # `lastgood log | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        code = 0
+    except BrokenPipeError:
+        code = _nobody_reads()
+    except SystemExit as leave:
+        # Where click meets the broken pipe first, it puts something in the place of stdout and exits with 1.
+        code = _nobody_reads() if sys.stdout is not stdout else leave.code
     except LastgoodError as error:
-        code = _explain(error)
+        code = _explain(error, colour)
     except OSError as error:
         click.echo(f"error: {error}", err=True)
         code = 5 if error.errno in (28, 122) else 1
+    except RecursionError:
+        code = _explain(
+            CorruptCheckpoint("a file is nested too deeply to be read", hint="`lastgood verify` says which"), colour
+        )
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _explain(error: LastgoodError) -> int:
+def _nobody_reads() -> int:
+    """`lastgood log | head` is no failure."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return 0
+
+
+def _explain(error: LastgoodError, colour: bool | None) -> int:
     from lastgood.cli.text import plain
 
-    click.echo(click.style("error: ", fg="red", bold=True) + plain(error.message, keep="\n"), err=True)
+    click.echo(click.style("error: ", fg="red", bold=True) + plain(error.message, keep="\n"), err=True, color=colour)
     if error.hint:
-        click.echo(click.style("help: ", fg="cyan") + plain(error.hint, keep="\n"), err=True)
+        click.echo(click.style("help: ", fg="cyan") + plain(error.hint, keep="\n"), err=True, color=colour)
     return next((code for kind, code in EXITS if isinstance(error, kind)), 1)
 
 

@@ -13,7 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lastgood.repo import journal
 from lastgood.repo.layout import HIDDEN
+from lastgood.store import local
 
 FROM = 500
 """A run with fewer checkpoints is read anew every time."""
@@ -51,7 +53,7 @@ def remembered(root: Path, key: str, read: Callable[[], Listing]) -> Listing:
 def count_deleted(root: Path) -> int:
     """How many deletions the journal tells of."""
     try:
-        return (root / HIDDEN / "journal.jsonl").read_bytes().count(b'"event": "deleted"')
+        return local.read(root / HIDDEN / journal.NAME, journal.LIMIT).count(b'"event": "deleted"')
     except OSError:
         return 0
 
@@ -75,8 +77,15 @@ def _state(root: Path, names: list[str], key: str) -> bytes:
         marks.append(_mark(os.path.join(base, HIDDEN, name)))
     lstat = os.lstat
     for name in sorted(names):
-        status = lstat(f"{base}/{name}")
+        try:
+            status = lstat(f"{base}/{name}")
+        except OSError:  # a run that goes on deletes meanwhile
+            marks.append((name,))
+            continue
         marks.append((name, status.st_mtime_ns, status.st_ino))
+    # A later value of a checkpoint that has some already changes the time of its file alone.
+    with suppress(OSError), os.scandir(os.path.join(base, HIDDEN, "metrics")) as entries:
+        marks.append(max((entry.stat(follow_symlinks=False).st_mtime_ns for entry in entries), default=0))
     return hashlib.blake2b(repr(marks).encode(), digest_size=16).digest()
 
 

@@ -75,7 +75,7 @@ def tag(root: str | None, name: str | None, rev: str | None, force: bool) -> Non
 def untag(root: str | None, name: str) -> None:
     """Take a name away. The checkpoint stays until a policy or `prune` lets it go."""
     path, _ = place(root, None)
-    holder = next((id for id, names in pins.read(path).items() if name in names and name != pins.PIN), None)
+    holder = next((id for id, names in pins.readable(path).items() if name in names and name != pins.PIN), None)
     if holder is None:
         raise NoCheckpoint(f"no checkpoint has the tag {name!r}", hint="`lastgood tag` lists them")
     pins.remove(path, holder, name)
@@ -96,8 +96,8 @@ def note(root: str | None, rev: str, words: tuple[str, ...], clear: bool) -> Non
     if not line and not clear:
         click.echo(text.plain(view.notes.get(record.id, "")))
         return
-    if "\n" in line or len(line) > 2000:
-        raise UsageError("a note is one line of at most 2000 characters")
+    if not line.isprintable() or len(line) > 2000:
+        raise UsageError("a note is one line of at most 2000 characters that can be printed")
     pins.write_note(path, record.id, line)
 
 

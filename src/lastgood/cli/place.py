@@ -39,8 +39,12 @@ class Rev(click.ParamType[str]):
             known = words(look(find_run(_asked(ctx))).records)
         except Exception:  # a completion that fails must not spoil the prompt
             return []
-        return [CompletionItem(word, help=about) for word, about in known if word.startswith(incomplete)]
+        # A shell would run, or a terminal obey, what somebody put into the name of a metric.
+        safe = [(word, about) for word, about in known if word == text.plain(word) and not set(word) & _SHELL]
+        return [CompletionItem(word, help=text.plain(about)) for word, about in safe if word.startswith(incomplete)]
 
+
+_SHELL = frozenset(" ,;&|<>$`'\"\\()*?!#")
 
 REV = Rev()
 
@@ -92,15 +96,31 @@ def is_run(path: Path) -> bool:
 
 
 def _surely(path: Path) -> bool:
-    return (path / HIDDEN).is_dir() or any(step_of(name) is not None for name in local.names(path))
+    try:
+        return (path / HIDDEN).is_dir() or any(step_of(name) is not None for name in local.names(path))
+    except OSError:  # /home/somebody-else: what can't be looked into isn't ours
+        return False
+
+
+def run_at(asked: str | None, word: str | None) -> Path:
+    """The run of a verb that takes a directory and no revision. Raises NoRun for a word that names none.
+
+    A word that is passed over would let `lastgood prune ouput` work on the run that happens to be here.
+    """
+    if word is None:
+        return find_run(asked)
+    if asked:
+        raise UsageError(f"two runs are named: {text.plain(asked)} and {text.plain(word)}", hint="leave one out")
+    if not os.path.exists(word):
+        raise NoRun(f"{text.plain(word)} doesn't exist", hint="name the directory that the checkpoints are in")
+    return _from_path(Path(word))[0]
 
 
 def place(asked: str | None, word: str | None) -> tuple[Path, str | None]:
     """(run, revision): the word may be a revision, the path of a run or the path of a checkpoint."""
-    if (word and (os.sep in word or word in (".", ".."))) or (word and not asked and Path(word).is_dir()):
-        path = Path(word)
-        if path.exists():
-            return _from_path(path)
+    looks_so = word and (os.sep in word or word in (".", "..") or (not asked and os.path.isdir(word)))
+    if word and looks_so and os.path.exists(word):
+        return _from_path(Path(word))
     return find_run(asked), word
 
 

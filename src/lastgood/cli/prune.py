@@ -15,18 +15,20 @@ import msgspec
 
 from lastgood import policy
 from lastgood.cli import text
-from lastgood.cli.place import REV, pick, place, run_option
+from lastgood.cli.place import REV, pick, place, run_at, run_option
 from lastgood.cli.table import Style, emit, emit_json, forms
 from lastgood.errors import NotEnoughSpace, Refused, RunLocked, UsageError
 from lastgood.manager import RESERVE
 from lastgood.model import Record
 from lastgood.policy import Decision, Keep
 from lastgood.repo import bin, gc, journal
+from lastgood.repo.layout import HIDDEN
 from lastgood.repo.lock import RunLock
 from lastgood.store import local
 from lastgood.view import View, look
 
 SCHEMA = "lastgood.prune/1"
+HIDDEN_FOLDERS = ("tmp", "trash", "undo", "quarantine")
 TRAINERS = ("trainer", "fsdp", "deepspeed")
 """Layouts whose checkpoints `--stock` may delete: directories of their own, one per step."""
 
@@ -73,7 +75,7 @@ def prune(
     good one, the best one, pinned and tagged ones, other runs' ones. What goes is moved to the trash, from where
     `lastgood undo` brings it back, unless the disk has no room for the next save: then its space is freed at once.
     """
-    path, _ = place(root, run)
+    path = run_at(root, run)
     scope = Scope(stock, abandoned, incomplete)
     with held(path, dry_run):
         if empty_trash:
@@ -308,7 +310,8 @@ def strip(root: str | None, revs: tuple[str, ...], style: Style, now: bool | Non
     path, first = place(root, revs[0])
     with held(path, dry_run):
         view = look(path)
-        chosen = [pick(view, word) for word in (*((first,) if first else ()), *revs[1:])]
+        named = [pick(view, word) for word in (*((first,) if first else ()), *revs[1:])]
+        chosen = list({record.name: record for record in named}.values())  # one by two names is stripped once
         decisions = [Decision(record, "strip", ("asked for",)) for record in chosen]
         for record in chosen:
             _may_strip(view, record)
@@ -339,7 +342,7 @@ def _may_strip(view: View, record: Record) -> None:
 @click.option("-y", "--yes", is_flag=True, help="Don't ask.")
 def undo(root: str | None, yes: bool) -> None:
     """Bring back what the last `prune` or `strip` moved to the trash; again for the one before."""
-    path, _ = place(root, None)
+    path = run_at(root, None)
     with held(path, False):
         for line in bin.undo(path):
             click.echo(line)
@@ -361,6 +364,9 @@ def held(root: Path, dry_run: bool) -> Iterator[None]:
     if dry_run:
         yield
         return
+    for name in ("", *HIDDEN_FOLDERS):
+        if (root / HIDDEN / name).is_symlink():
+            raise Refused(f"{root / HIDDEN / name} is a link: what is behind it isn't ours to change or delete")
     lock = RunLock(root)
     try:
         lock.acquire(anonymous=True)

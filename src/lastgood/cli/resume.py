@@ -10,7 +10,8 @@ import click
 
 from lastgood import policy
 from lastgood.cli import text
-from lastgood.cli.place import pick, place, run_option
+from lastgood.cli.place import pick, run_at, run_option
+from lastgood.cli.prune import TRAINERS
 from lastgood.cli.table import Style, emit, emit_json, forms
 from lastgood.errors import NoCheckpoint
 from lastgood.layouts import trainer
@@ -33,7 +34,7 @@ def resume(root: str | None, run: str | None, style: Style, start: str, check: b
 
     Nothing is changed: a damaged checkpoint is quarantined when a run really resumes. Exit status 3 if there is none.
     """
-    path, _ = place(root, run)
+    path = run_at(root, run)
     view = look(path)
     started = time.perf_counter()
     chosen, skipped = choose(view, start, full=check)
@@ -62,7 +63,7 @@ def resume(root: str | None, run: str | None, style: Style, start: str, check: b
         f"{_pad(chosen.name, wide)}  {click.style('OK', fg='green')}           {files} files, "
         f"{style.size(chosen.size)} {how}{took}   <- would resume here"
     )
-    out += [f"  {part:<10} {text.plain(what)}" for part, what in contents(view, chosen)]
+    out += [f"  {text.plain(part):<10} {text.plain(what)}" for part, what in contents(view, chosen)]
     redo = [r.step for r in view.records if r.current and r.step > chosen.step and r.state in ("incomplete", "full")]
     if redo and start == "last":
         out.append(f"  at least {max(redo) - chosen.step} steps have to be redone")
@@ -97,7 +98,7 @@ def _asked_for(view: View, start: str) -> list[Record]:
 
 def _stock(view: View) -> tuple[Record | None, list[tuple[str, str]]]:
     names = {record.name: record for record in view.records}
-    stocks = [trainer.inspect(view.root / name) for name in view.found if names[name].layout]
+    stocks = [trainer.inspect(view.root / name) for name in view.found if names[name].layout in TRAINERS]
     try:
         newest, skipped = trainer.choose(view.root, stocks)
     except NoCheckpoint as error:

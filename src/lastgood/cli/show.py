@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -75,6 +74,8 @@ def tensors(view: View, record: Record) -> tuple[list[dict[str, Any]], list[str]
                 rows += [_tensor(n, r.dtype, r.shape, r.bytes, name) for n, r in archive.tensors(archive.load(path))]
         except CorruptCheckpoint as error:
             problems.append(error.message)
+        except (ValueError, RecursionError):  # keys that have no name
+            problems.append(f"{name} holds things that can't be named")
     return rows, problems
 
 
@@ -122,14 +123,14 @@ def _card(view: View, record: Record, style: Style, found: list[dict[str, Any]])
     named = f", {', '.join(map(text.plain, record.pinned))}" if record.pinned else ""
     out.append(f"  state      {record.state}{named}" + (f": {text.plain(record.problem)}" if record.problem else ""))
     if record.layout:
-        out.append(f"  written by {record.layout}" + (" (adopted)" if record.id else ""))
+        out.append(f"  written by {text.plain(record.layout)}" + (" (adopted)" if record.id else ""))
     if manifest is None:
         return out
     if record.id:
-        out.append(f"  id         {record.id}   run {manifest.run}   parent {manifest.parent or 'none'}")
+        ids = f"{record.id}   run {manifest.run}   parent {manifest.parent or 'none'}"
+        out.append(f"  id         {text.plain(ids)}")
     if manifest.created:
-        moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(manifest.created))
-        out.append(f"  saved      {moment} ({text.age(manifest.created)} ago)")
+        out.append(f"  saved      {text.moment(manifest.created)} ({text.age(manifest.created)} ago)")
     if view.notes.get(record.id):
         out.append(f"  note       {text.plain(view.notes[record.id])}")
     values = {**({"loss": manifest.facts["loss"]} if "loss" in manifest.facts else {}), **record.metrics}
@@ -184,10 +185,7 @@ def _history(view: View, record: Record) -> list[str]:
     out += [f"  kept: {text.plain(reason)}" for reason in reasons]
     for event in journal.read(view.root):
         if record.id and event.get("id") == record.id:
-            moment = event.get("time")
-            when = (
-                time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment)) if isinstance(moment, (int, float)) else "?"
-            )
+            when = text.moment(event.get("time"))
             rest = {k: v for k, v in event.items() if k not in ("time", "event", "id", "step")}
             out.append(f"  {when}  {text.plain(str(event.get('event')))}  " + text.plain(str(rest) if rest else ""))
     return out

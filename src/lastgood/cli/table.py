@@ -106,7 +106,7 @@ def lines(
     if not style.header:
         return ["\t".join(_exact(row.get(c.key)) for c in columns) for row in rows]
     cells = [_cells(column, rows) for column in columns]
-    titles = [column.title for column in columns]
+    titles = [text.plain(column.title) for column in columns]
     widths = [max(text.width(title), _widest(column)) for title, column in zip(titles, cells, strict=True)]
     if columns_wide is not None:
         _narrow(columns, widths, columns_wide)

@@ -97,6 +97,23 @@ def width(text: str) -> int:
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
+def wrapped(line: str, columns: int | None) -> list[str]:
+    """A sentence in lines of at most this width; None: as it is."""
+    if columns is None or width(line) <= columns:
+        return [line]
+    import textwrap
+
+    return textwrap.wrap(line, columns) or [""]
+
+
+def moment(then: object) -> str:
+    """A time of day in a year; `?` for what no calendar has."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(then)))  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError, OSError):
+        return "?"
+
+
 def fit(text: str, columns: int) -> str:
     """Cut to a width, with an ellipsis."""
     if width(text) <= columns:

@@ -10,7 +10,7 @@ import click
 
 from lastgood.cli import text
 from lastgood.cli.log import _columns, _foot, _listing, _title
-from lastgood.cli.place import place, run_option
+from lastgood.cli.place import run_at, run_option
 from lastgood.cli.table import Style, choose
 from lastgood.repo import journal
 from lastgood.repo.lock import RunLock
@@ -27,7 +27,7 @@ def watch(root: str | None, run: str | None, interval: float, once: bool) -> Non
     from rich.console import Console
     from rich.live import Live
 
-    path, _ = place(root, run)
+    path = run_at(root, run)
     console = Console()
     if once or not console.is_terminal:
         console.print(_screen(path, console.height if console.is_terminal else 10_000))
@@ -52,7 +52,9 @@ def _screen(path: Path, height: int) -> Any:
     shown = choose(_columns(Style(), head), ("step", "when", "train", "eval", "state", "size", "why"), Style())
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in shown:
-        table.add_column(column.title, justify="right" if column.right else "left", no_wrap=not column.shrink)
+        table.add_column(
+            Text(text.plain(column.title)), justify="right" if column.right else "left", no_wrap=not column.shrink
+        )
     for row in rows[:room]:
         cells = [text.plain(c.show(row[c.key])) if row.get(c.key) is not None else "-" for c in shown]
         table.add_row(*map(Text, cells), style="green" if row["best"] else "")
@@ -72,8 +74,7 @@ def _writer(path: Path) -> str:
 
 
 def _event(event: dict[str, Any]) -> str:
-    moment = event.get("time")
-    clock = time.strftime("%H:%M:%S", time.localtime(moment)) if isinstance(moment, (int, float)) else "?"
+    clock = text.moment(event.get("time")).rpartition(" ")[2]
     what = f"{event.get('event')} {event.get('step', '')}".strip()
     reasons = event.get("reasons")
     why = f": {'; '.join(map(str, reasons))}" if isinstance(reasons, list) else ""

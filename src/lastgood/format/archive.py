@@ -11,6 +11,7 @@ import math
 import os
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,11 @@ DTYPES = {
 }  # fmt: skip
 """torch's dtype names -> safetensors' codes."""
 
-_ERRORS = (OSError, zipfile.BadZipFile, NotImplementedError, ValueError, KeyError, EOFError, struct.error)
+_ERRORS = (
+    OSError, EOFError, zipfile.BadZipFile, zlib.error, struct.error, ValueError, LookupError, TypeError, AttributeError,
+    ArithmeticError, RuntimeError,  # RuntimeError: an encrypted member, and nesting that is too deep
+)  # fmt: skip
+"""What a file raises that isn't what it says it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +91,7 @@ def load(path: Path, *, begin: int = 0, length: int | None = None) -> Any:
         with _open(path) as file:
             view = _Part(file, begin, os.fstat(file.fileno()).st_size - begin if length is None else length)
             with zipfile.ZipFile(view) as archive:
-                names = {info.filename: info for info in archive.infolist()}
+                names = {info.filename: info for info in _members(archive, view.length)}
                 pickled = next(name for name in names if name.endswith("/data.pkl") or name == "data.pkl")
                 prefix = pickled.removesuffix("data.pkl")
                 if names[pickled].file_size > inert.LIMIT:
@@ -96,11 +101,12 @@ def load(path: Path, *, begin: int = 0, length: int | None = None) -> Any:
                 def storage(pid: Any) -> Any:
                     return _storage(pid, names, prefix, view, begin)
 
-                return _resolve(inert.loads(data, os.fspath(path), storage), path)
+                tree = inert.loads(data, os.fspath(path), storage)
+                return _resolve(inert.bounded(tree, 2 * len(data) + 1000), path)
     except StopIteration:
         raise CorruptCheckpoint(f"{path} isn't an archive of torch.save: no data.pkl in it") from None
     except _ERRORS as error:
-        raise CorruptCheckpoint(f"{path.name} is damaged: {error}") from error
+        raise CorruptCheckpoint(f"{path.name} is damaged: {_reason(error)}") from error
 
 
 def check(path: Path, *, full: bool, begin: int = 0, length: int | None = None) -> str:
@@ -109,13 +115,25 @@ def check(path: Path, *, full: bool, begin: int = 0, length: int | None = None) 
         with _open(path) as file:
             size = os.fstat(file.fileno()).st_size - begin if length is None else length
             with zipfile.ZipFile(_Part(file, begin, size)) as archive:
+                members = _members(archive, size)
                 broken = archive.testzip() if full else None
-                beyond = [i.filename for i in archive.infolist() if i.header_offset + i.compress_size > size]
+                beyond = [i.filename for i in members if i.header_offset + i.compress_size > size]
     except _ERRORS as error:
-        return f"{path.name} is damaged: {error}"
+        return f"{path.name} is damaged: {_reason(error)}"
     if broken or beyond:
         return f"{path.name} is damaged: {broken or beyond[0]} fails its checksum"
     return ""
+
+
+def _members(archive: zipfile.ZipFile, length: int) -> list[zipfile.ZipInfo]:
+    """What is in the archive; ValueError for one that holds more bytes than its file: a bomb, or not torch's."""
+    members = archive.infolist()
+    packed = next((info.filename for info in members if info.compress_type != zipfile.ZIP_STORED), None)
+    if packed is not None:
+        raise ValueError(f"{packed[:100]!r} is compressed, which torch never does")
+    if sum(info.file_size for info in members) > length:
+        raise ValueError("it says that it holds more bytes than the file has")
+    return members
 
 
 def is_archive(path: Path) -> bool:
@@ -144,13 +162,18 @@ def number(value: Any) -> float | None:
     if isinstance(value, bool) or value is None:
         return None
     if isinstance(value, (int, float)):
-        return float(value)
+        return float(value) if isinstance(value, float) or abs(value) < 1 << 1000 else None
     codes = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b", "U8": "<B"}
     if not isinstance(value, Ref) or math.prod(value.shape) != 1 or value.dtype not in codes:
         return None
     with _open(value.file) as file:
         file.seek(value.begin)
-        return float(struct.unpack(codes[value.dtype], file.read(SIZES[value.dtype]))[0])
+        data = file.read(SIZES[value.dtype])
+    return float(struct.unpack(codes[value.dtype], data)[0]) if len(data) == SIZES[value.dtype] else None
+
+
+def _reason(error: BaseException) -> str:
+    return str(error)[:200] or type(error).__name__
 
 
 def _open(path: Path) -> io.BufferedReader:
@@ -187,11 +210,11 @@ class _Part(io.RawIOBase):
 
 def _storage(pid: Any, names: dict[str, zipfile.ZipInfo], prefix: str, view: _Part, base: int) -> Any:
     if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
-        raise CorruptCheckpoint(f"unknown persistent id {pid!r}")
+        raise CorruptCheckpoint("a persistent id that isn't a storage's")
     kind = str(getattr(pid[1], "inert", pid[1])).rpartition(".")[2]
+    if not isinstance(pid[2], str):
+        raise CorruptCheckpoint("a persistent id that isn't a storage's")
     info = names[f"{prefix}data/{pid[2]}"]
-    if info.compress_type != zipfile.ZIP_STORED:
-        raise CorruptCheckpoint(f"{info.filename} is compressed, which torch never does")
     view.seek(info.header_offset + 26)
     name_length, extra_length = struct.unpack("<HH", view.read(4))
     begin = base + info.header_offset + 30 + name_length + extra_length
@@ -217,7 +240,7 @@ def _resolve(value: Any, path: Path, depth: int = 0) -> Any:
     if value.name == "torch._utils._rebuild_tensor_v3":
         return _tensor(value.args[0], value.args, path, str(getattr(value.args[6], "inert", "")))
     if value.name == "torch.Size":
-        return tuple(value.args[0])
+        return tuple(extent for extent in value.args[0] if type(extent) is int)
     if value.name == "collections.defaultdict":
         return go(value.pairs)
     return value
@@ -230,7 +253,7 @@ def _tensor(storage: Any, args: tuple[Any, ...], path: Path, dtype: str | None) 
     code = DTYPES.get((dtype or "").rpartition(".")[2], storage.dtype)
     numbers = (offset, *shape, *strides)
     if len(shape) != len(strides) or not all(type(n) is int and 0 <= n < 1 << 48 for n in numbers):
-        raise CorruptCheckpoint(f"{path}: a tensor with shape {shape!r}, strides {strides!r}")
+        raise CorruptCheckpoint(f"{path}: a tensor with an impossible shape or strides")
     width = SIZES[code]
     begin, limit = storage.begin + offset * width, storage.begin + storage.size
     last = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1 if all(shape) else 0

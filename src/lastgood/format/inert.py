@@ -7,8 +7,10 @@ steps, names, shapes and dtypes in a torch archive, on a machine without torch.
 
 from __future__ import annotations
 
+import functools
 import io
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -69,7 +71,14 @@ def _named(name: str) -> type:
     return type("Inert", (), {"__new__": __new__, "inert": name, "__slots__": ()})
 
 
-class _Dict(dict[Any, Any]):
+class _Sealed(type):
+    """A pickle can name a class and set attributes on it (BUILD): here that would change what later files become."""
+
+    def __setattr__(cls, name: str, value: Any) -> NoReturn:
+        raise TypeError("a pickle sets attributes on a class")
+
+
+class _Dict(dict[Any, Any], metaclass=_Sealed):
     """A dict that attributes can be set on, as on an OrderedDict (state_dict() puts `_metadata` there)."""
 
 
@@ -92,6 +101,76 @@ class _Unpickler(pickle.Unpickler):
 def loads(data: bytes, where: str, persistent: Callable[[Any], Any] = lambda pid: Node("persistent", (pid,))) -> Any:
     """The tree in a pickle. Raises CorruptCheckpoint for anything that isn't one."""
     try:
+        _check_memo(data)
         return _Unpickler(io.BytesIO(data), persistent).load()
     except Exception as error:  # what a broken pickle raises is open-ended
-        raise CorruptCheckpoint(f"{where}: not a readable pickle: {error}") from error
+        reason = f"{error}"[:200] or type(error).__name__
+        raise CorruptCheckpoint(f"{where}: not a readable pickle: {reason}") from error
+
+
+_FAR = re.compile(rb"r..(?:.[^\x00]|[^\x00-\x0f].)|p[0-9]{7}", re.DOTALL)
+"""What may put something at a number above 2**20 in the memo; mostly it is text that looks like it."""
+
+
+def _check_memo(data: bytes) -> None:
+    """Python makes a memo as long as the largest number in it: ten bytes could ask for 64 GiB, and get them.
+
+    Nobody who writes a pickle counts beyond its length.
+    """
+    if _FAR.search(data) is None:
+        return
+    lengths, at, end = _lengths(), 0, len(data)
+    while at < end and data[at] != 0x2E:  # STOP
+        code, length = data[at], lengths[data[at]]
+        at += 1
+        if code in (0x70, 0x72):  # PUT, LONG_BINPUT
+            number = (
+                int(data[at : data.find(b"\n", at)]) if code == 0x70 else int.from_bytes(data[at : at + 4], "little")
+            )
+            if number > end:
+                raise ValueError("a memo number beyond the length of the pickle")
+        if length >= 0:
+            at += length
+        elif length == -1:
+            for _ in range(2 if code in (0x63, 0x69) else 1):  # GLOBAL and INST have two lines
+                at = data.find(b"\n", at) + 1
+                if at == 0:
+                    return
+        else:
+            width = {-2: 1, -3: 4, -4: 4, -5: 8}[length]
+            at += width + int.from_bytes(data[at : at + width], "little")
+
+
+@functools.lru_cache(maxsize=1)
+def _lengths() -> list[int]:
+    """Opcode -> bytes of its argument, or pickletools' number for a line or a counted string."""
+    import pickletools
+
+    table = [0] * 256
+    for opcode in pickletools.opcodes:
+        table[ord(opcode.code)] = opcode.arg.n if opcode.arg is not None else 0
+    return table
+
+
+FOLLOWED = ("torch._utils._rebuild_parameter",)
+
+
+def bounded(value: Any, limit: int) -> Any:
+    """The value, if it holds at most `limit` things when everything that it names twice is counted twice.
+
+    Lists of one list ten times over, thirty deep, take a line of pickle, and more memory than there is once they are
+    copied or printed. Of nodes only what `archive` follows is looked into. Raises CorruptCheckpoint.
+    """
+    pending, count = [iter((value,))], 0
+    while pending:
+        for item in pending[-1]:
+            count += 1
+            if count > limit:
+                raise CorruptCheckpoint("a pickle in which the same things are named over and over")
+            inner = (item.args if item.name in FOLLOWED else item.pairs) if isinstance(item, Node) else item
+            if isinstance(inner, (dict, list, tuple, set)) and inner:
+                pending.append(iter(inner.values() if isinstance(inner, dict) else inner))
+                break
+        else:
+            pending.pop()
+    return value

@@ -102,13 +102,13 @@ def _parse(path: Path, text: bytes, start: int, length: int) -> Header:
         slots = {name: _slot(name, value, start) for name, value in raw.items()}
         if not all(isinstance(k, str) and isinstance(v, str) for k, v in metadata.items()):
             raise ValueError("metadata that isn't text")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CorruptCheckpoint(f"{path}: bad safetensors header: {error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CorruptCheckpoint(f"{path}: bad safetensors header: {str(error)[:300]}") from error
     at = start
     ordered = dict(sorted(slots.items(), key=lambda item: (item[1].begin, item[1].end)))
     for name, slot in ordered.items():
         if slot.begin != at:
-            raise CorruptCheckpoint(f"{path}: tensor {name!r} begins at byte {slot.begin}, expected {at}")
+            raise CorruptCheckpoint(f"{path}: tensor {name[:200]!r} begins at byte {slot.begin}, expected {at}")
         at = slot.end
     if at != length:
         raise CorruptCheckpoint(f"{path}: its tensors end at byte {at}, the file has {length}")
@@ -118,14 +118,14 @@ def _parse(path: Path, text: bytes, start: int, length: int) -> Header:
 def _slot(name: str, value: dict[str, object], start: int) -> Slot:
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in SIZES:
-        raise ValueError(f"tensor {name!r} has dtype {dtype!r}")
+        raise ValueError(f"tensor {name[:100]!r} has dtype {dtype!r}")
     if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 1 << 48 for n in shape) or len(shape) > 64:
-        raise ValueError(f"tensor {name!r} has shape {shape!r}")
+        raise ValueError(f"tensor {name[:100]!r} has shape {shape!r}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
-        raise ValueError(f"tensor {name!r} has offsets {offsets!r}")
+        raise ValueError(f"tensor {name[:100]!r} has offsets {offsets!r}")
     begin, end = offsets
     if end - begin != SIZES[dtype] * _count(tuple(shape)):
-        raise ValueError(f"tensor {name!r} has {end - begin} bytes for {dtype}{shape}")
+        raise ValueError(f"tensor {name[:100]!r} has not the bytes of {dtype}{str(shape)[:100]}")
     return Slot(dtype, tuple(shape), start + begin, start + end)
 
 

@@ -99,11 +99,17 @@ def read(path: Path) -> Index:
     states, storage = fields.get("state_dict_metadata"), fields.get("storage_data")
     if not isinstance(states, dict) or not isinstance(storage, dict):
         raise CorruptCheckpoint(f"{METADATA} isn't that of a distributed checkpoint")
-    tensors = {str(name): _tensor(node) for name, node in states.items() if _is_tensor(node)}
+    tensors = {name: _tensor(node) for name, node in states.items() if isinstance(name, str) and _is_tensor(node)}
     items = tuple(_items(storage))
     planner = fields.get("planner_data")
-    paths = {str(k): tuple(v) for k, v in planner.items() if isinstance(v, tuple)} if isinstance(planner, dict) else {}
+    paths = (
+        {k: v for k, v in planner.items() if isinstance(k, str) and _is_path(v)} if isinstance(planner, dict) else {}
+    )
     return Index(tensors, items, paths)
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, tuple) and bool(value) and all(isinstance(key, (str, int)) for key in value)
 
 
 def _is_tensor(node: Any) -> bool:
@@ -118,8 +124,15 @@ def _tensor(node: Node) -> tuple[str, tuple[int, ...]]:
         state = properties.state
         dtype = state[0] if isinstance(state, tuple) and state else properties.fields.get("dtype")
     word = str(getattr(dtype, "inert", "")).rpartition(".")[2]
-    shape = size.args[0] if isinstance(size, Node) and size.args else size
-    return archive.DTYPES.get(word, word or "?"), tuple(shape) if isinstance(shape, (list, tuple)) else ()
+    return archive.DTYPES.get(word, word[:40] or "?"), _extents(size) or ()
+
+
+def _extents(value: Any) -> tuple[int, ...] | None:
+    """A shape or an offset; None for what is neither."""
+    found = value.args[0] if isinstance(value, Node) and value.args else () if isinstance(value, Node) else value
+    if not isinstance(found, (list, tuple)) or not all(type(n) is int and 0 <= n < 1 << 62 for n in found):
+        return None
+    return tuple(found)
 
 
 def _items(storage: dict[Any, Any]) -> Iterator[Item]:
@@ -127,14 +140,14 @@ def _items(storage: dict[Any, Any]) -> Iterator[Item]:
         index, info = _fields(key), _fields(value)
         name, file = index.get("fqn"), info.get("relative_path")
         begin, length = info.get("offset"), info.get("length")
-        if not isinstance(file, str) or not _inside(file) or type(begin) is not int or type(length) is not int:
-            raise CorruptCheckpoint(f"{METADATA} names a place outside the checkpoint: {file!r}")
-        if begin < 0 or length < 0:
-            raise CorruptCheckpoint(f"{METADATA} names bytes {begin} to {begin + length} of {file}")
+        if not isinstance(name, str) or not isinstance(file, str) or not _inside(file):
+            raise CorruptCheckpoint(f"{METADATA} names a place outside the checkpoint")
+        if not all(type(n) is int and 0 <= n < 1 << 62 for n in (begin, length)):
+            raise CorruptCheckpoint(f"{METADATA} names bytes of {file[:200]} that no file can have")
+        assert isinstance(begin, int)
+        assert isinstance(length, int)
         offset = index.get("offset")
-        if isinstance(offset, Node):
-            offset = offset.args[0] if offset.args else ()
-        yield Item(str(name), file, begin, length, None if offset is None else tuple(offset))
+        yield Item(name, file, begin, length, None if offset is None else _extents(offset))
 
 
 def _fields(node: Any) -> dict[str, Any]:
@@ -150,8 +163,10 @@ def _gaps(path: Path, index: Index) -> list[str]:
     for item in index.items:
         ends[item.file] = max(ends.get(item.file, 0), item.begin + item.length)
     found = []
+    # Not by asking for each name: on the way to it there may be a link that leads out of the checkpoint.
+    files = files_of(path)
     for name, end in sorted(ends.items()):
-        size = local.size(path / name)
+        size = files.get(name)
         if size is None:
             found.append(f"{name} is missing")
         elif size < end:

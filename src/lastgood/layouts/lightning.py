@@ -31,7 +31,7 @@ def look(path: Path) -> Found:
     return Found(
         path=path,
         layout="lightning",
-        step=step if type(step) is int else -1,
+        step=step if type(step) is int and 0 <= step < 10**18 else -1,
         state="incomplete" if problem else "full" if tree.get("optimizer_states") else "weights",
         parts={"state": tuple(files)},
         files=files,
@@ -70,7 +70,7 @@ def _metrics(tree: dict[str, Any]) -> dict[str, float]:
             continue
         try:
             value = finite(archive.number(state.get("current_score")))
-        except (OSError, ValueError):
+        except (OSError, ValueError, OverflowError):
             value = None
         if value is not None:
             found[state["monitor"]] = value

@@ -24,7 +24,7 @@ def scan(root: Path) -> list[Found]:
 
 def look(path: Path) -> Found:
     """One checkpoint of whatever tool; a checkpoint-N directory is the Trainer's unless its content says otherwise."""
-    if path.is_file() or accelerate.recognises(path) or dcp.recognises(path):
+    if not path.is_symlink() and (path.is_file() or accelerate.recognises(path) or dcp.recognises(path)):
         return _look(path)
     return trainer.look(path)
 
@@ -57,7 +57,8 @@ def _candidates(root: Path) -> Iterator[Path]:
         if is_directory(root / place):
             yield from _inside(root / place)
     for version in folders(root / "lightning_logs"):
-        yield from _inside(version / "checkpoints")
+        if is_directory(version / "checkpoints"):
+            yield from _inside(version / "checkpoints")
 
 
 def _inside(folder: Path) -> Iterator[Path]:

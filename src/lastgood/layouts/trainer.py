@@ -11,6 +11,7 @@ from typing import Any
 
 from lastgood.errors import CorruptCheckpoint, NoCheckpoint
 from lastgood.format import archive, inert
+from lastgood.format.manifest import safe_name
 from lastgood.format.tensors import read_header
 from lastgood.layouts import dcp
 from lastgood.layouts.found import Found, files_of, modified
@@ -95,11 +96,18 @@ def row_values(rows: Sequence[Any], step: object) -> tuple[dict[str, float], flo
     for row in rows:
         if not isinstance(row, dict) or not isinstance(row.get("step"), int) or not isinstance(step, int):
             continue
-        if row["step"] <= step and finite(row.get("loss")) is not None:
-            loss = finite(row["loss"])
+        if row["step"] <= step and _finite(row.get("loss")) is not None:
+            loss = _finite(row["loss"])
         if row["step"] == step:
-            metrics |= {k: float(v) for k, v in row.items() if k.startswith("eval_") and finite(v) is not None}
+            metrics |= {k: n for k, v in row.items() if k.startswith("eval_") and (n := _finite(v)) is not None}
     return metrics, loss
+
+
+def _finite(value: Any) -> float | None:
+    try:
+        return finite(value)
+    except OverflowError:  # a whole number with hundreds of digits
+        return None
 
 
 def arguments(path: Path) -> dict[str, object]:
@@ -109,7 +117,9 @@ def arguments(path: Path) -> dict[str, object]:
     except CorruptCheckpoint:
         return {}
     fields = node.fields if isinstance(node, inert.Node) else {}
-    return {str(k): masked(str(k), _plain(v)) for k, v in fields.items() if not str(k).startswith("_")}
+    left = [100_000]  # things that are looked at: more are no arguments
+    known = {k: _plain(v, left) for k, v in fields.items() if isinstance(k, str) and not k.startswith("_")}
+    return {k: masked(k, value) for k, value in known.items()}
 
 
 def problems(path: Path, *, full: bool) -> tuple[str, ...]:
@@ -143,7 +153,7 @@ def inspect(path: Path) -> Stock:
         path=path,
         step=step if isinstance(step, int) else -1,
         parts=tuple(names),
-        history=tuple(json.dumps(row, sort_keys=True) for row in log) if isinstance(log, list) else (),
+        history=_rows(log),
         problems=problems(path, full=True),
     )
 
@@ -151,8 +161,16 @@ def inspect(path: Path) -> Stock:
 def history(path: Path) -> tuple[str, ...]:
     """The run's log up to this checkpoint, one text per row."""
     state, _ = _state(path / STATE)
-    log = state.get("log_history")
-    return tuple(json.dumps(row, sort_keys=True) for row in log) if isinstance(log, list) else ()
+    return _rows(state.get("log_history"))
+
+
+def _rows(log: Any) -> tuple[str, ...]:
+    if not isinstance(log, list):
+        return ()
+    try:
+        return tuple(json.dumps(row, sort_keys=True) for row in log)
+    except (RecursionError, ValueError):  # nested nearly as deep as the parser goes
+        return ()
 
 
 def chain(found: Sequence[Stock]) -> list[list[Stock]]:
@@ -249,15 +267,24 @@ def _shards(path: Path) -> list[str]:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             found.append(f"{index.name} can't be read")
             continue
-        found += [f"{name} is missing" for name in sorted(map(str, names)) if local.size(path / name) is None]
+        found += [f"{name} is missing" for name in sorted(map(str, names)) if not _there(path, name)]
     return found
 
 
-def _plain(value: Any) -> object:
+def _there(path: Path, name: str) -> bool:
+    return safe_name(name) and local.size(path / name) is not None
+
+
+def _plain(value: Any, left: list[int], depth: int = 0) -> object:
+    left[0] -= 1
+    if left[0] < 0 or depth > 20:
+        return "..."
     if isinstance(value, inert.Node):  # an enum: its value
-        return _plain(value.args[0]) if len(value.args) == 1 else value.name
+        return _plain(value.args[0], left, depth + 1) if len(value.args) == 1 else value.name
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {key: _plain(item, left, depth + 1) for key, item in value.items() if isinstance(key, str)}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+        return [_plain(item, left, depth + 1) for item in value[: left[0] + 1]]
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        return "a number of many digits"
+    return value if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__

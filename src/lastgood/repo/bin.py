@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lastgood.repo.layout import hidden, new_id, step_of
 from lastgood.store import local
 
 PLAN = "plan.json"
+_NUMBER = re.compile(r"[0-9]{8,12}")
 
 
 def begin(root: Path, what: str) -> str:
@@ -34,7 +36,9 @@ def begin(root: Path, what: str) -> str:
 
 def operations(root: Path) -> list[str]:
     """Numbers of what can be undone, the newest last."""
-    return [name for name in local.names(hidden(root, "undo")) if name.isdigit()]
+    place = hidden(root, "undo")
+    found = [name for name in local.names(place) if _NUMBER.fullmatch(name)]
+    return [name for name in found if (place / name).is_dir() and not (place / name).is_symlink()]
 
 
 def put(root: Path, number: str, name: str) -> None:

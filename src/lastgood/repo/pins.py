@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from lastgood.errors import RunLocked, UsageError
+from lastgood.errors import CorruptCheckpoint, RunLocked, UsageError
 from lastgood.repo.layout import hidden
 from lastgood.store import local
 
@@ -22,7 +22,13 @@ _BAD = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|(^|/)\.|\.lock(/|$)|\.$
 
 def check_name(name: str) -> str:
     """The tag, if it is valid by git's rules for refs (git-check-ref-format) and no revision already means it."""
-    if not name or len(name.encode()) > 200 or _BAD.search(name) or not name.isprintable():
+    if (
+        not name
+        or len(name) > 200
+        or len(name.encode(errors="replace")) > 200
+        or _BAD.search(name)
+        or not name.isprintable()
+    ):
         raise UsageError(
             f"{name!r} can't be a tag",
             hint="as in git: no spaces, no '..', none of ~^:?*[\\, no '.' or '.lock' at an end",
@@ -38,10 +44,24 @@ def read(root: Path) -> dict[str, tuple[str, ...]]:
         data = local.read(hidden(root, NAME), 16 << 20)
     except FileNotFoundError:
         return {}
-    value = json.loads(data)
+    try:
+        value = json.loads(data)
+    except RecursionError as error:
+        raise ValueError(f"{hidden(root, NAME)} is nested too deeply") from error
     if not isinstance(value, dict) or not all(isinstance(names, list) for names in value.values()):
         raise ValueError(f"{hidden(root, NAME)} isn't valid")
     return {str(id): tuple(str(name) for name in names) for id, names in value.items()}
+
+
+def readable(root: Path) -> dict[str, tuple[str, ...]]:
+    """The same; CorruptCheckpoint instead of ValueError."""
+    try:
+        return read(root)
+    except ValueError as error:
+        raise CorruptCheckpoint(
+            f"{NAME} can't be read ({error}): every checkpoint counts as held, and no name is added or taken away",
+            hint=f"repair {hidden(root, NAME)}, or delete it to let go of all pins and tags",
+        ) from error
 
 
 def write(root: Path, pins: Mapping[str, tuple[str, ...]]) -> None:
@@ -53,7 +73,7 @@ def write(root: Path, pins: Mapping[str, tuple[str, ...]]) -> None:
 def add(root: Path, id: str, name: str) -> str | None:
     """Give a checkpoint one more name; returns the id that had it before, from which it is taken."""
     with _alone(root):
-        pins = read(root)
+        pins = readable(root)
         before = next((other for other, names in pins.items() if name in names), None) if name != PIN else None
         if before is not None:
             pins[before] = tuple(n for n in pins[before] if n != name)
@@ -65,7 +85,7 @@ def add(root: Path, id: str, name: str) -> str | None:
 def remove(root: Path, id: str, name: str) -> bool:
     """Take a name away; False if the checkpoint didn't have it."""
     with _alone(root):
-        pins = read(root)
+        pins = readable(root)
         names = pins.get(id, ())
         if name not in names:
             return False
@@ -86,7 +106,7 @@ def write_note(root: Path, id: str, text: str) -> None:
     """Replace the note of a checkpoint; an empty one removes it."""
     with _alone(root):
         notes = {**read_notes(root), id: text}
-        content = json.dumps({key: value for key, value in notes.items() if value}, indent=1, ensure_ascii=False)
+        content = json.dumps({key: value for key, value in notes.items() if value}, indent=1)
         local.replace(hidden(root, NOTES), f"{content}\n".encode())
 
 

@@ -1,0 +1,32 @@
+"""Fixtures that several files of tests share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import cli
+import realruns
+
+
+@pytest.fixture(scope="session")
+def realruns_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the real runs are made once for all processes of a test run; REALRUNS_CACHE keeps them for the next."""
+    kept = os.environ.get("REALRUNS_CACHE")
+    base = tmp_path_factory.getbasetemp()
+    return Path(kept) if kept else (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "realruns"
+
+
+@pytest.fixture
+def real(realruns_cache: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """A copy of its own of the run that a real tool wrote."""
+    return lambda name: realruns.make(name, tmp_path / name, realruns_cache)
+
+
+@pytest.fixture
+def run_of(real: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]:
+    """The same for every kind, "managed" included."""
+    return lambda kind: cli.managed(tmp_path / "managed") if kind == "managed" else real(kind)
