@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from lastgood import policy
 from lastgood.cli import adopt as adopting
-from lastgood.cli.prune import held
+from lastgood.cli.held import held
 from lastgood.errors import NoCheckpoint
 from lastgood.format import guard
 from lastgood.format.tensors import Tensor, encode

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lastgood import policy
+from lastgood import policy, pruning
 from lastgood.cli import prune
 from lastgood.errors import NoCheckpoint
 from lastgood.format.tensors import Tensor
@@ -165,7 +165,7 @@ class Live:
         if self.by_rules and (self.keep.monitor is not None or view.monitor is None):
             rules |= self.keep.options()
             rules["within"] = f"{self.keep.within}s" if self.keep.within is not None else None
-        said = [(d.record.name, d.action, d.reasons) for d in prune.plan(view, rules)]
+        said = [(d.record.name, d.action, d.reasons) for d in pruning.plan(view, rules)]
         if self.by_command:
             assert self.commanded(rules) == said
         return said

@@ -8,13 +8,14 @@ from pathlib import Path
 import click
 
 from lastgood.cli import text
+from lastgood.cli.held import confirm, held
 from lastgood.cli.place import run_at, run_option
-from lastgood.cli.prune import TRAINERS, confirm, held
 from lastgood.cli.verify import _progress
 from lastgood.errors import NoCheckpoint, NotSupported
 from lastgood.format.manifest import safe_name
 from lastgood.layouts import trainer
 from lastgood.layouts.found import Found
+from lastgood.pruning import TRAINERS
 from lastgood.repo.adopt import Candidate, Chain
 from lastgood.repo.adopt import adopt as give_manifests
 from lastgood.repo.layout import step_of

@@ -40,8 +40,8 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Space": {
         "prune": ("prune", "Delete checkpoints by policy, plan first"),
-        "strip": ("prune", "Full to weights-only: drop what only a resume needs"),
-        "undo": ("prune", "Bring back what the last prune or strip removed"),
+        "strip": ("strip", "Full to weights-only: drop what only a resume needs"),
+        "undo": ("strip", "Bring back what the last prune or strip removed"),
     },
     "Name": {
         "pin": ("names", "Hold a checkpoint: it is never deleted"),

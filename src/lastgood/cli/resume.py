@@ -11,11 +11,11 @@ import click
 from lastgood import policy
 from lastgood.cli import text
 from lastgood.cli.place import pick, run_at, run_option
-from lastgood.cli.prune import TRAINERS
 from lastgood.cli.table import Style, emit, emit_json, forms
 from lastgood.errors import NoCheckpoint
 from lastgood.layouts import trainer
 from lastgood.model import Record
+from lastgood.pruning import TRAINERS
 from lastgood.store import local
 from lastgood.view import View, look
 

@@ -12,10 +12,10 @@ import click
 from lastgood.cli import text
 from lastgood.cli.adopt import candidates
 from lastgood.cli.place import run_option
-from lastgood.cli.prune import TRAINERS, Scope, plan
 from lastgood.cli.resume import choose
 from lastgood.errors import NoCheckpoint, RunLocked, UsageError
 from lastgood.model import Record
+from lastgood.pruning import TRAINERS, Scope, plan
 from lastgood.repo import gc, journal
 from lastgood.repo.adopt import Chain, adopt
 from lastgood.repo.layout import hidden, new_id

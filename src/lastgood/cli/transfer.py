@@ -9,8 +9,8 @@ import click
 
 from lastgood.cli import text
 from lastgood.cli.checkout import need_torch
+from lastgood.cli.held import confirm, held
 from lastgood.cli.place import REV, pick, place, run_option
-from lastgood.cli.prune import confirm, held
 from lastgood.errors import CorruptCheckpoint, NoCheckpoint, UsageError
 from lastgood.layouts import scan
 from lastgood.layouts.found import Found

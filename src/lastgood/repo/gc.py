@@ -90,15 +90,15 @@ def _delete(root: Path, item: Item, undoable: str | None) -> None:
         bin.put(root, undoable, name)
         journal.append(root, "deleted", **facts, bytes=item.bytes, reasons=item.reasons, undo=undoable)
         return
-    grave = _grave(root)
+    hole = grave(root)
     # The rename makes it vanish as a whole: half a checkpoint is never seen under its name.
-    local.vanish(root / name, grave)
+    local.vanish(root / name, hole)
     journal.append(root, "deleted", **facts, bytes=item.bytes, reasons=item.reasons)
-    local.remove_tree(grave)
+    local.remove_tree(hole)
     after.remove(root, item.record.id)
 
 
-def _grave(root: Path) -> Path:
+def grave(root: Path) -> Path:
     try:
         local.make_dirs(hidden(root, "trash"))
         return hidden(root, "trash", new_id())

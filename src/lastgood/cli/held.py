@@ -1,0 +1,52 @@
+"""Before something is changed: ask, and hold the run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from lastgood.errors import Refused, RunLocked
+from lastgood.repo import gc
+from lastgood.repo.layout import HIDDEN
+from lastgood.repo.lock import RunLock
+
+HIDDEN_FOLDERS = ("tmp", "trash", "undo", "quarantine")
+
+
+def confirm(question: str, yes: bool) -> None:
+    """Ask on a terminal; elsewhere --yes is needed. Raises Refused."""
+    if yes:
+        return
+    if not sys.stdin.isatty() or os.environ.get("LASTGOOD_NO_INPUT"):
+        raise Refused("nothing was done: there is nobody to ask", hint="--yes says that the plan is meant")
+    if not click.confirm(question, err=True):
+        raise Refused("nothing was done")
+
+
+@contextlib.contextmanager
+def held(root: Path, dry_run: bool) -> Iterator[None]:
+    """The run's writer lock for a verb that changes checkpoints. Raises RunLocked while a training run has it."""
+    if dry_run:
+        yield
+        return
+    for name in ("", *HIDDEN_FOLDERS):
+        if (root / HIDDEN / name).is_symlink():
+            raise Refused(f"{root / HIDDEN / name} is a link: what is behind it isn't ours to change or delete")
+    lock = RunLock(root)
+    try:
+        lock.acquire(anonymous=True)
+    except RunLocked as error:
+        raise RunLocked(
+            error.message,
+            hint="a running training prunes by itself; pins, tags and metrics can be changed meanwhile",
+        ) from None
+    try:
+        gc.sweep(root) if (root / HIDDEN).is_dir() else None
+        yield
+    finally:
+        lock.release()

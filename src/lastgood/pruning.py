@@ -1,0 +1,142 @@
+"""What `prune` would remove, and why: the policy's decisions, narrowed to what was asked for. Deletes nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from lastgood import policy
+from lastgood.errors import NotEnoughSpace, Refused, UsageError
+from lastgood.manager import RESERVE, size
+from lastgood.model import Record
+from lastgood.policy import Decision, Keep
+from lastgood.repo import gc
+from lastgood.store import local
+from lastgood.view import View
+
+TRAINERS = ("trainer", "fsdp", "deepspeed")
+"""Layouts whose checkpoints may be adopted, or deleted unadopted if that is asked for: one directory per step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """What the plan may range over besides this run's own checkpoints."""
+
+    stock: bool = False
+    abandoned: bool = False
+    incomplete: bool = False
+
+
+def plan(view: View, rules: dict[str, Any], *, to_free: int | None = None, scope: Scope = Scope()) -> list[Decision]:
+    """One decision per checkpoint: the policy's, then narrowed to what was asked for. Pure but for the view's reads."""
+    keep = _keep(view, rules, to_free)
+    native = {record.name: record for record in view.native}
+    found = [
+        record if record.id or (scope.stock and record.layout in TRAINERS) else native.get(record.name, record)
+        for record in view.records
+    ]
+    found = [msgspec.structs.replace(r, state="stock") if r.ours and not r.id and not scope.stock else r for r in found]
+    if not any(record.id for record in found):
+        found = [msgspec.structs.replace(r, current=True) if r.ours else r for r in found]
+    decisions = [_whole(decision) for decision in policy.decide(found, keep, protect=view.protect)]
+    if scope.abandoned:
+        decisions = [_abandoned(decision) for decision in decisions]
+    if to_free is None:
+        return decisions
+    enough = policy.enough(decisions, to_free, lambda decision: gc.gain(_whole(decision)))
+    enough = tuple(_whole(decision) for decision in enough)
+    freed = sum(gc.gain(decision) for decision in enough)
+    if freed < to_free:
+        raise NotEnoughSpace(
+            f"only {size(freed)} of the wanted {size(to_free)} can be freed: the rest is the last good"
+            " checkpoint, the best, or held",
+            hint="fewer rules, `lastgood unpin`, --stock, --abandoned; `lastgood df` shows what takes the space",
+        )
+    return list(enough)
+
+
+def _keep(view: View, rules: dict[str, Any], to_free: int | None) -> Keep:
+    chosen = {name: value for name, value in rules.items() if value is not None}
+    limits = chosen.keys() - {"monitor", "mode"}
+    if not limits and to_free is None:
+        if view.keep is None or view.keep.options().keys() <= {"monitor", "mode"}:
+            raise UsageError(
+                "what is to be kept? The run has no policy of its own that lets anything go",
+                hint="lastgood prune --keep-last 2 --keep-best 3 --dry-run",
+            )
+        # As it is, without a metric that the run itself doesn't go by: what the live run would do, and its reasons.
+        return Keep(**{**view.keep.options(), **chosen})
+    if not limits and to_free is not None:
+        chosen = {"last": 1, **chosen}
+    if "monitor" not in chosen and view.monitor is not None:
+        chosen |= {"monitor": view.monitor, "mode": chosen.get("mode", view.mode)}
+    return Keep(**chosen)
+
+
+def _whole(decision: Decision) -> Decision:
+    """A stock checkpoint without its optimizer would be resumed from with a fresh one, silently: all or nothing."""
+    if decision.action == "strip" and not decision.record.id:
+        return Decision(decision.record, "keep", (*decision.reasons, "whole, because it isn't adopted"))
+    return decision
+
+
+def _abandoned(decision: Decision) -> Decision:
+    record = decision.record
+    if record.ours and record.id and not record.current and not record.pinned:
+        return Decision(record, "delete", ("on a branch that was left",))
+    return decision
+
+
+def proven(
+    view: View, rules: dict[str, Any], decisions: list[Decision], damaged: Callable[[str, str], None], **how: Any
+) -> tuple[View, list[Decision]]:
+    """Deleting the others makes the newest the last good one: it is hashed first, and passed over if damaged."""
+    while True:
+        newest = policy.latest([d.record for d in decisions])
+        if newest is None:
+            raise Refused("no full checkpoint is good: nothing is deleted", hint="`lastgood verify --full` says why")
+        faults = view.problems(newest, full=True)
+        if not faults:
+            return view, decisions
+        damaged(newest.name, faults[0])
+        swap = msgspec.structs.replace(newest, state="incomplete", problem=faults[0])
+        view = _with(view, newest.name, swap)
+        decisions = plan(view, rules, **how)
+
+
+def _with(view: View, name: str, record: Record) -> View:
+    """The view with another record in the place of `name`."""
+
+    def swapped(found: Sequence[Record]) -> tuple[Record, ...]:
+        return tuple(record if r.name == name else r for r in found)
+
+    return msgspec.structs.replace(view, native=swapped(view.native), records=swapped(view.records))
+
+
+def short_of_room(view: View) -> bool:
+    """Whether the disk, as it is, has no room for one more save like the newest."""
+    newest = policy.latest(view.records)
+    free, inodes = local.free(view.root)
+    return free < (newest.size if newest is not None else 0) + RESERVE or 0 <= inodes <= 64
+
+
+def occupied(path: Path) -> int:
+    """Bytes of the files in a directory whose manifest doesn't say, or can't be read."""
+    return sum(local.size(Path(at) / name) or 0 for at, _, names in os.walk(path) for name in names)
+
+
+def husks(view: View, stock: bool) -> list[Record]:
+    """Incomplete directories that are provably this run's, or any of a stock run if --stock says so."""
+    run = view.run
+    return [
+        r
+        for r in view.records
+        if r.state == "incomplete"
+        and not r.pinned
+        and ((r.manifest is not None and r.manifest.run == run and run) or (stock and r.layout in TRAINERS))
+    ]
