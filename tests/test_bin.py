@@ -411,3 +411,17 @@ def shape(found: Sequence[Record]) -> Any:
     way = {r.name: [o.name for o in found if r.manifest and on_lineage(o.seq, r.manifest.lineage)] for r in found}
     parents = {r.name: names.get(r.manifest.parent or "") if r.manifest else None for r in found}
     return [(r.name, r.state, r.current, r.metrics, way[r.name], parents[r.name]) for r in found]
+
+
+@pytest.mark.parametrize("link", [".lastgood/trash", ".lastgood/tmp", ".lastgood"])
+def test_I22_a_sweep_never_follows_a_link_out_of_the_run(link: str, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    for place in ("", "tmp", "trash"):
+        (outside / place / "precious").mkdir(parents=True)
+        (outside / place / "precious" / "file").write_text("not ours")
+    root = tmp_path / "run"
+    three(root)
+    shutil.rmtree(root / link, ignore_errors=True)
+    (root / link).symlink_to(outside)
+    gc.sweep(root)
+    assert len(list(outside.rglob("file"))) == 3

@@ -164,7 +164,6 @@ class Live:
         # Rules that name no metric get the one that the run recorded, so that its best is safe: other rules, then.
         if self.by_rules and (self.keep.monitor is not None or view.monitor is None):
             rules |= self.keep.options()
-            rules["within"] = f"{self.keep.within}s" if self.keep.within is not None else None
         said = [(d.record.name, d.action, d.reasons) for d in pruning.plan(view, rules)]
         if self.by_command:
             assert self.commanded(rules) == said
@@ -174,7 +173,7 @@ class Live:
         words = {"full": "--full", "monitor": "--monitor", "mode": "--mode"}
         options = [
             str(word) for name, value in rules.items() if value is not None
-            for word in (words.get(name, f"--keep-{name}"), value)
+            for word in (words.get(name, f"--keep-{name}"), f"{value}s" if name == "within" else value)
         ]  # fmt: skip
         done = CliRunner().invoke(prune.prune, [str(self.root), "--dry-run", "--json", *options])
         assert done.exit_code == 0, done.output

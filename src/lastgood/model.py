@@ -177,5 +177,8 @@ def finite(value: object) -> float | None:
     """The metric as a float, or None where it can't rank anything (NaN, infinity, text, missing)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number beyond all floats
+        return None
     return number if math.isfinite(number) else None

@@ -139,9 +139,12 @@ def _guard(directory: Path, light: Manifest) -> None:
 
 def sweep(root: Path) -> None:
     """Remove what interrupted saves, deletions and strips left. Only the holder of the run's lock may call it."""
+    if hidden(root).is_symlink():
+        return
     for place in ("tmp", "trash"):
-        for name in local.names(hidden(root, place)):
-            local.remove(hidden(root, place, name))
+        if not hidden(root, place).is_symlink():  # what is behind a link isn't ours to delete
+            for name in local.names(hidden(root, place)):
+                local.remove(hidden(root, place, name))
     for name in local.names(root):
         if name.startswith(GRAVE):
             local.remove(root / name)

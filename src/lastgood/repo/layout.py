@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 HIDDEN = ".lastgood"
-_NAME = re.compile(r"checkpoint-(\d{1,18})(?:\.[0-9a-f]{8})?")
+_NAME = re.compile(r"checkpoint-([0-9]{1,18})(?:\.[0-9a-f]{8})?")
 
 
 def step_of(name: str) -> int | None:

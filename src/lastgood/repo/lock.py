@@ -91,7 +91,7 @@ class RunLock:
         """What the holder wrote about itself; {} if that can't be read."""
         try:
             card = json.loads(local.read(self._card, 1 << 16))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         return card if isinstance(card, dict) else {}
 
@@ -106,7 +106,10 @@ class RunLock:
 def _describe(holder: dict[str, Any]) -> str:
     if not holder:
         return "another process"
-    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(holder.get("since", 0))))
+    try:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(holder.get("since", 0))))
+    except (TypeError, ValueError, OverflowError, OSError):  # written by somebody else
+        since = "an unknown time"
     return f"process {holder.get('pid')} ({holder.get('command')}) on {holder.get('host')} since {since}"
 
 

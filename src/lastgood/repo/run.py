@@ -76,7 +76,7 @@ def read_policy(root: Path) -> dict[str, object]:
 def _read(path: Path, kind: type[T]) -> T | None:
     try:
         return msgspec.json.decode(local.read(path, 1 << 20), type=kind)
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, msgspec.MsgspecError, RecursionError):
         return None
 
 
