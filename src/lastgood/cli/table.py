@@ -169,13 +169,22 @@ def terminal_width() -> int | None:
     """Columns of the terminal that stdout is; COLUMNS counts even where it is none; None: unlimited."""
     if os.environ.get("COLUMNS", "").isdigit():
         return max(20, int(os.environ["COLUMNS"]))
-    return max(20, os.get_terminal_size().columns) if sys.stdout.isatty() else None
+    return max(20, _screen()[0]) if sys.stdout.isatty() else None
+
+
+def _screen() -> tuple[int, int]:
+    """(columns, lines); 80 by 24 for a terminal that doesn't say."""
+    try:
+        columns, lines = os.get_terminal_size()
+    except OSError:
+        return 80, 24
+    return columns or 80, lines or 24
 
 
 def emit(found: Sequence[str]) -> None:
     """Data to stdout; through the pager if it is more than a screen of a terminal."""
     whole = "\n".join(found)
-    if sys.stdout.isatty() and len(found) > os.get_terminal_size().lines and os.environ.get("PAGER") != "":
+    if sys.stdout.isatty() and len(found) > _screen()[1] and os.environ.get("PAGER") != "":
         click.echo_via_pager(f"{whole}\n")
     elif found:
         click.echo(whole)
