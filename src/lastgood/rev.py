@@ -29,7 +29,7 @@ def resolve(text: str, records: Sequence[Record], *, monitor: str | None = None,
     if text in ("latest", "last", "HEAD"):
         return _latest(records)
     if text == "best" or text.startswith("best:"):
-        return _best(records, *_metric(text, records, monitor, mode))
+        return _best(records, *metric_named(text, records, monitor, mode))
     found = _matches(text, records)
     if not found:
         raise NoCheckpoint(f"no checkpoint is called {text!r}", hint=_near(text, records))
@@ -56,7 +56,7 @@ def _latest(records: Sequence[Record]) -> Record:
     return record
 
 
-def _metric(text: str, records: Sequence[Record], monitor: str | None, mode: Mode | None) -> tuple[str, Mode]:
+def metric_named(text: str, records: Sequence[Record], monitor: str | None, mode: Mode | None) -> tuple[str, Mode]:
     name, _, direction = text.removeprefix("best").removeprefix(":").partition(":")
     if direction not in ("", "min", "max"):
         raise UsageError(f"{text!r}: after the metric comes min or max", hint=f"best:{name}:min")

@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
+
 from lastgood.repo import journal
 from lastgood.repo.layout import HIDDEN
 from lastgood.store import local
@@ -30,12 +32,10 @@ def remembered(root: Path, key: str, read: Callable[[], Listing]) -> Listing:
     home = None if len(names) < FROM else _home()
     if home is None:
         return read()
-    import hashlib
-
     import msgspec
 
     state = _state(root, names, key)
-    path = home / f"{hashlib.sha256(os.path.realpath(root).encode()).hexdigest()[:32]}.log"
+    path = home / f"{blake3(os.path.realpath(root).encode()).hexdigest(16)}.log"
     with suppress(OSError, msgspec.MsgspecError, TypeError, ValueError):
         known, rows, head = msgspec.msgpack.decode(path.read_bytes())
         if known == state:
@@ -67,12 +67,11 @@ def _home() -> Path | None:
 
 def _state(root: Path, names: list[str], key: str) -> bytes:
     """A hash over the times of everything that a listing depends on."""
-    import hashlib
-
     from lastgood import __version__
 
     base = os.fspath(root)
     marks: list[Any] = [VERSION, __version__, key, base]
+    # Whoever records a metric touches the directory of the metrics.
     for name in ("", "journal.jsonl", "pins.json", "notes.json", "head.json", "run.json", "policy.json", "metrics"):
         marks.append(_mark(os.path.join(base, HIDDEN, name)))
     lstat = os.lstat
@@ -80,13 +79,10 @@ def _state(root: Path, names: list[str], key: str) -> bytes:
         try:
             status = lstat(f"{base}/{name}")
         except OSError:  # a run that goes on deletes meanwhile
-            marks.append((name,))
+            marks.append(name)
             continue
-        marks.append((name, status.st_mtime_ns, status.st_ino))
-    # A later value of a checkpoint that has some already changes the time of its file alone.
-    with suppress(OSError), os.scandir(os.path.join(base, HIDDEN, "metrics")) as entries:
-        marks.append(max((entry.stat(follow_symlinks=False).st_mtime_ns for entry in entries), default=0))
-    return hashlib.blake2b(repr(marks).encode(), digest_size=16).digest()
+        marks += (name, status.st_mtime_ns, status.st_ino)
+    return blake3(repr(marks).encode()).digest(16)
 
 
 def _mark(path: str) -> tuple[int, ...]:

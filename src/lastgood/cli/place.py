@@ -12,14 +12,14 @@ import click
 
 from lastgood.cli import text
 from lastgood.errors import NoRun, UsageError
-from lastgood.model import Record
 from lastgood.repo.layout import HIDDEN, step_of
-from lastgood.rev import resolve, words
 from lastgood.store import local
-from lastgood.view import View, look
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
+
+    from lastgood.model import Record
+    from lastgood.view import View
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -34,6 +34,9 @@ class Rev(click.ParamType[str]):
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         from click.shell_completion import CompletionItem
+
+        from lastgood.rev import words
+        from lastgood.view import look
 
         try:
             known = words(look(find_run(_asked(ctx))).records)
@@ -136,6 +139,8 @@ def _from_path(path: Path) -> tuple[Path, str | None]:
 
 def pick(view: View, rev: str) -> Record:
     """The checkpoint that a revision names."""
+    from lastgood.rev import resolve
+
     return resolve(rev, view.records, monitor=view.monitor, mode=view.mode)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import unicodedata
 
@@ -9,6 +10,7 @@ _IEC = ("KiB", "MiB", "GiB", "TiB", "PiB")
 _SI = ("kB", "MB", "GB", "TB", "PB")
 
 
+@functools.lru_cache(maxsize=1024)
 def size(count: int, *, si: bool = False) -> str:
     """1.9 GiB; si: 2.0 GB."""
     base = 1000 if si else 1024

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from lastgood.cli import text
-from lastgood.cli.log import _columns, _foot, _listing, _title
+from lastgood.cli.log import foot, listing, log_columns, title
 from lastgood.cli.place import run_at, run_option
 from lastgood.cli.table import Style, choose
 from lastgood.repo import journal
@@ -46,10 +46,10 @@ def _screen(path: Path, height: int) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    rows, head = _listing(path, None)
+    rows, head = listing(path, None)
     events = journal.read(path)[-5:]
     room = max(3, height - len(events) - 8)
-    shown = choose(_columns(Style(), head), ("step", "when", "train", "eval", "state", "size", "why"), Style())
+    shown = choose(log_columns(Style(), head), ("step", "when", "train", "eval", "state", "size", "why"), Style())
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in shown:
         table.add_column(
@@ -59,8 +59,8 @@ def _screen(path: Path, height: int) -> Any:
         cells = [text.plain(c.show(row[c.key])) if row.get(c.key) is not None else "-" for c in shown]
         table.add_row(*map(Text, cells), style="green" if row["best"] else "")
     free, _ = local.free(path)
-    said = [Text(_title(path, head, rows), style="bold"), Text(_writer(path))]
-    tail = [Text(line) for line in _foot(path, head, rows, rows[:room])]
+    said = [Text(title(path, head, rows), style="bold"), Text(_writer(path))]
+    tail = [Text(line) for line in foot(path, head, rows, rows[:room])]
     return Group(*said, table, *tail, Text(f"{text.size(free)} free"), *[Text(_event(event)) for event in events])
 
 

@@ -98,9 +98,9 @@ _SEAL = re.compile(rb'"digest": ?"([0-9a-f]{64})"\s*}\s*\Z')
 
 
 def _sealed(data: bytes) -> bool:
-    start = max(0, len(data) - 256)
-    match = _SEAL.search(data, start)
-    return match is not None and blake3(data[: match.start()]).hexdigest().encode() == match[1]
+    start = data.rfind(b'"digest"', -256)
+    match = _SEAL.match(data, start) if start >= 0 else None
+    return match is not None and blake3(memoryview(data)[:start]).hexdigest() == match[1].decode()
 
 
 def _decode_slowly(data: bytes, where: str) -> Manifest:
@@ -133,13 +133,14 @@ def _decode_slowly(data: bytes, where: str) -> Manifest:
 
 
 def _check(manifest: Manifest, where: str) -> None:
-    for name, entry in manifest.files.items():
+    files = manifest.files
+    for name, entry in files.items():
         if not safe_name(name) or name == NAME:
             raise CorruptCheckpoint(f"{where} names a file outside the checkpoint: {name!r}")
         if entry.size < 0:
             raise CorruptCheckpoint(f"{where}: {name} has size {entry.size}")
-    unknown = {name for names in manifest.parts.values() for name in names} - manifest.files.keys()
-    if unknown or manifest.step < 0 or manifest.seq < 1:
+    known = all(name in files for names in manifest.parts.values() for name in names)
+    if not known or manifest.step < 0 or manifest.seq < 1:
         raise CorruptCheckpoint(f"{where} isn't valid: step, number or part is out of range")
 
 

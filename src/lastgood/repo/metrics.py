@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from lastgood.model import finite
@@ -24,6 +25,8 @@ def record(root: Path, id: str, step: int, values: Mapping[str, object]) -> None
     local.make_dirs(hidden(root, "metrics"))
     line = json.dumps({"step": step, "metrics": plain}, allow_nan=False)
     local.append(hidden(root, "metrics", f"{id}.jsonl"), f"{line}\n".encode(), sync=True)
+    with suppress(OSError):  # a second value in a file that is there would go unseen by remembered listings
+        local.touch(hidden(root, "metrics"))
 
 
 def read(root: Path, id: str) -> dict[str, float]:
