@@ -1,4 +1,6 @@
-"""The command line: how fast it starts, lists, plans and verifies. `./scripts/bench cli`
+"""The command line: how fast it starts, lists, plans and verifies.
+
+    ./scripts/bench cli [--rounds 7] [--checkpoints 10000] [--megabytes 1024]
 
 Times are of whole processes, measured in turn with what they are compared with; the table has medians and the
 range. Rates are of files that lie in memory (the page cache), so that the disk isn't what is measured.
@@ -36,7 +38,8 @@ ARGUMENTS = {f"argument_{n}": [None, True, 5e-05, "a value of some length", 1000
 
 def seconds(command: list[str], **environment: str) -> float:
     begin = time.perf_counter()
-    subprocess.run(command, stdout=subprocess.DEVNULL, check=True, env={**os.environ, **environment})
+    quiet = subprocess.DEVNULL
+    subprocess.run(command, stdout=quiet, stderr=quiet, check=True, env={**os.environ, **environment})
     return time.perf_counter() - begin
 
 

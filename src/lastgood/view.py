@@ -99,7 +99,8 @@ def look(root: Path, *, outline: bool = False) -> View:
     order = sorted(found, key=lambda name: (found[name].step, name))
     others = {name: _record(name, found[name], place, managed) for place, name in enumerate(order, 1)}
     everything = [others.get(record.name, record) for record in native]
-    everything += [record for name, record in others.items() if all(name != r.name for r in native)]
+    there = {record.name for record in native}
+    everything += [record for name, record in others.items() if name not in there]
     everything.sort(key=lambda record: (record.step, record.seq, record.name))
     keep = _policy(root)
     monitor, mode = _metric(root, everything, keep)

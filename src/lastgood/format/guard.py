@@ -14,7 +14,8 @@ import zipfile
 MESSAGE = (
     "none. This checkpoint is managed by lastgood: the optimizer, scheduler and random states are in"
     " optimizer.safetensors and resume.json, where a stock Trainer doesn't look. To resume from it, add"
-    " `trainer = lastgood.manage(trainer)` before trainer.train(). The weights can be used as they are."
+    " `trainer = lastgood.manage(trainer)` before trainer.train(), or make a copy that a stock Trainer resumes from:"
+    " `lastgood checkout THIS_DIRECTORY NEW_DIRECTORY --format trainer`. The weights can be used as they are."
 )
 
 NAMES = ("optimizer.pt", "scheduler.pt")
