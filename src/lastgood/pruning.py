@@ -16,6 +16,7 @@ from lastgood.manager import RESERVE, size
 from lastgood.model import Record
 from lastgood.policy import Decision, Keep
 from lastgood.repo import gc
+from lastgood.repo.read import records
 from lastgood.store import local
 from lastgood.view import View
 
@@ -116,6 +117,29 @@ def _with(view: View, name: str, record: Record) -> View:
         return tuple(record if r.name == name else r for r in found)
 
     return msgspec.structs.replace(view, native=swapped(view.native), records=swapped(view.records))
+
+
+def last_good(view: View, *, full: bool) -> Record | None:
+    """The newest full checkpoint that passes verification: what a recovery would really use."""
+    own = sorted((r for r in view.records if r.ours and r.current and r.state == "full"), key=lambda r: -r.seq)
+    return next((record for record in own if not view.problems(record, full=full)), None)
+
+
+def changed(view: View) -> list[str]:
+    """Names of the checkpoints whose pins, tags or metrics aren't those of the view any more."""
+    now = {record.name: (record.id, record.pinned, record.metrics) for record in records(view.root)}
+    return [r.name for r in view.native if now.get(r.name) != (r.id, r.pinned, r.metrics)]
+
+
+def ranks(view: View, monitor: str) -> None:
+    """Raises UsageError for a metric that no checkpoint has, while others are recorded: the best would go unseen."""
+    own = [record for record in view.records if record.ours]
+    known = sorted({name for record in own for name in record.metrics})
+    if known and all(policy.metric_of(record, monitor) is None for record in own):
+        raise UsageError(
+            f"no checkpoint has a {monitor}: none would be kept as the best",
+            hint=f"recorded metrics: {', '.join(known)}",
+        )
 
 
 def short_of_room(view: View) -> bool:

@@ -12,8 +12,9 @@ import click
 from lastgood.cli import text
 from lastgood.cli.adopt import candidates
 from lastgood.cli.place import run_option
-from lastgood.cli.resume import choose
+from lastgood.cli.resume import choose, continued
 from lastgood.errors import NoCheckpoint, RunLocked, UsageError
+from lastgood.manager import UNADOPTED
 from lastgood.model import Record
 from lastgood.pruning import TRAINERS, Scope, plan
 from lastgood.repo import gc, journal
@@ -95,6 +96,11 @@ def _choose(path: Path) -> Path | None:
     if not any(record.state in ("full", "incomplete") for record in view.records):
         return None
     chosen, skipped = choose(view, "last", full=True)
+    if chosen is not None:
+        # A stock Trainer that goes on in an adopted run: back at the adopted one it would redo, and write over, these.
+        chosen = continued(view, chosen)
+        further = {r.name for r in view.records if r.step > chosen.step}
+        skipped = [(name, why) for name, why in skipped if why != UNADOPTED or name in further]
     for name, reason in skipped:
         say(f"passed over {text.plain(name)}: {text.plain(reason)}")
     # A stock Trainer would write into them again, under a manifest that tells of other bytes.

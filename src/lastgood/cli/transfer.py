@@ -10,7 +10,7 @@ import click
 from lastgood.cli import text
 from lastgood.cli.checkout import need_torch
 from lastgood.cli.held import confirm, held
-from lastgood.cli.place import REV, pick, place, run_option
+from lastgood.cli.place import REV, new_place, pick, place, run_option
 from lastgood.errors import CorruptCheckpoint, NoCheckpoint, UsageError
 from lastgood.layouts import scan
 from lastgood.layouts.found import Found
@@ -129,6 +129,7 @@ def export(root: str | None, rev: str, target: Path, tool: str, prefix: str) -> 
     path, word = place(root, rev)
     view = look(path)
     record = pick(view, word or "latest")
+    new_place(target, path)
     if prefix and tool != "lightning":
         raise UsageError("--prefix is for lightning")
     for fault in view.problems(record, full=True):

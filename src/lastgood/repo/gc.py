@@ -14,7 +14,7 @@ from lastgood.model import Manifest, Record, stripped
 from lastgood.policy import Decision
 from lastgood.repo import after, bin, journal
 from lastgood.repo.layout import HIDDEN, hidden, new_id
-from lastgood.repo.read import records
+from lastgood.repo.read import held_by, records
 from lastgood.store import local
 
 RESUME_ONLY = frozenset({"optimizer.safetensors", "resume.json"})
@@ -78,7 +78,9 @@ def execute(root: Path, todo: Plan, *, undoable: str | None = None) -> None:
     undoable: the number of an operation of `bin.begin`, to put things there instead of freeing their space.
     """
     for item in todo.items:
-        if item.action == "delete":
+        if held_by(root).get(item.record.id):  # by somebody else since the plan was made: that needs no lock
+            journal.append(root, "spared", step=item.record.step, id=item.record.id, reasons=["pinned meanwhile"])
+        elif item.action == "delete":
             _delete(root, item, undoable)
         else:
             _strip(root, item, undoable)

@@ -26,7 +26,7 @@ def records(root: Path, *, outline: bool = False) -> tuple[Record, ...]:
 
     outline: leave out arguments and environment, for listings; never write such a manifest back.
     """
-    run, held, base = read_run(root), _pins(root), os.fspath(root)
+    run, held, base = read_run(root), held_by(root), os.fspath(root)
     decode = codec.outline if outline else codec.decode
     found = [
         _record(root, f"{base}/{name}", name, step, run, held, decode)
@@ -61,7 +61,8 @@ def _record(
         return Record(name=name, step=step, state="foreign", manifest=manifest, problem="belongs to another run")
     problem = missing(directory, manifest)
     if problem:
-        return Record(name=name, step=step, state="incomplete", manifest=manifest, problem=problem)
+        names = held.get(manifest.id, ())  # what is held stays held when it loses a file
+        return Record(name=name, step=step, state="incomplete", manifest=manifest, problem=problem, pinned=names)
     return Record(
         name=name,
         step=manifest.step,
@@ -116,7 +117,8 @@ def _is_directory(path: str) -> bool:
         return False
 
 
-def _pins(root: Path) -> Mapping[str, tuple[str, ...]]:
+def held_by(root: Path) -> Mapping[str, tuple[str, ...]]:
+    """checkpoint id -> the names that hold it."""
     try:
         return pins.read(root)
     except (OSError, ValueError):
