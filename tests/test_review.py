@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +20,9 @@ from lastgood.policy import Keep
 from lastgood.repo import bin, metrics, pins
 from lastgood.repo.layout import HIDDEN
 from lastgood.repo.read import records
+from lastgood.view import look
 
-from cli import call, flip, managed, stage
+from cli import branched, call, environment, flip, managed, stage
 
 Make = Callable[[str], Path]
 
@@ -132,3 +138,133 @@ def test_verify_sees_what_would_be_loaded_instead(tmp_path: Path, real: Make) ->
     newest = max(stock.glob("checkpoint-*"))
     shutil.copy(next(newest.glob("model-*.safetensors")), newest / "model.safetensors")
     assert call("-C", stock, "verify", "--full")[0] == 1
+
+
+def test_imports_lie_beside_a_run_that_has_trained(tmp_path: Path, real: Make) -> None:
+    run, source = managed(tmp_path / "run"), real("accelerate_run")
+    code, _, err = call("import", source, run, "-y")
+    assert code == 0 and "goes on from checkpoint-600" in err
+    assert call("-C", run, "resume", "--print-path")[1].strip().endswith("checkpoint-600")
+    made = Manager(root=run, keep=Keep(last=1), on_error="raise")
+    made.open()
+    found = made.find("last").record
+    assert found.step == 600
+    made.begin_from(found)
+    made.save(800, stage(800), estimate=1, environment={}, arguments={}, facts={})
+    made.retain()
+    made.close()
+    current = [record.step for record in records(run) if record.ours and record.current]
+    assert current == [800]
+    assert sum(not record.current for record in records(run)) == 3
+    fresh = tmp_path / "fresh"
+    assert call("import", source, fresh, "-y")[0] == 0 == call("import", source, fresh, "-y")[0]
+    assert all(record.current for record in records(fresh))
+
+
+def test_imports_into_a_stock_run_are_refused(real: Make) -> None:
+    run = real("trainer_full")
+    before = call("-C", run, "resume", "--print-path")
+    code, _, err = call("import", real("accelerate_run"), run, "-y")
+    assert code != 0 and "adopt" in err
+    assert call("-C", run, "resume", "--print-path") == before
+
+
+@pytest.mark.parametrize("make", [managed, branched])
+def test_a_lost_identity_is_recognised(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    run = make(tmp_path / "run")
+    expected = call("-C", run, "resume", "--print-path")
+    (run / HIDDEN / "run.json").unlink()
+    assert call("-C", run, "resume", "--print-path") == expected
+    assert look(run).run is not None
+    made = Manager(root=run, keep=Keep(), on_error="raise")
+    made.open()
+    assert str(run / made.find("last").record.name) == expected[1].strip()
+    made.close()
+
+
+def resaved(checkpoint: Path, *names: str) -> None:
+    """As a Trainer leaves it that saves the step again: other bytes of the same number."""
+    later = time.time() + 10
+    for name in names:
+        flip(checkpoint / name) if name != "trainer_state.json" else _other_log(checkpoint / name)
+        os.utime(checkpoint / name, (later, later))
+
+
+def _other_log(path: Path) -> None:
+    old = path.read_text()
+    new = old.replace('"train_batch_size"', '"train_batch_Size"')
+    assert new != old
+    path.write_text(new)
+
+
+def test_an_adopted_checkpoint_that_was_saved_again_is_a_stock_one(real: Make) -> None:
+    run = real("trainer_full")
+    assert call("-C", run, "adopt", "-y")[0] == 0
+    newest = max(run.glob("checkpoint-*"))
+    resaved(newest, "optimizer.pt", "trainer_state.json")
+    assert named(run, newest.name).state == "stock"
+    assert newest.name in call("-C", run, "resume")[1]
+    made = Manager(root=run, keep=Keep(), on_error="raise")
+    made.open()
+    assert newest.name in dict(made.find("last").skipped) and newest.exists()
+    made.close()
+    assert call("-C", run, "prune", "--keep-last", 1, "--now", "-y")[0] == 0 and newest.exists()
+
+
+def test_saved_again_and_whole_it_can_be_adopted_again(real: Make) -> None:
+    run = real("trainer_full")
+    assert call("-C", run, "adopt", "-y")[0] == 0
+    newest = max(run.glob("checkpoint-*"))
+    resaved(newest, "trainer_state.json")
+    seen = run.parent / "seen"
+    assert call("-C", run, "run", "--", "sh", "-c", f"echo $LASTGOOD_RESUME > {seen}")[0] == 0
+    assert seen.read_text().strip() == str(newest)
+    assert call("-C", run, "adopt", "-y")[0] == 0
+    assert call("-C", run, "verify", "--full")[0] == 0
+    assert all(record.current and record.id for record in records(run))
+    assert call("-C", run, "resume", "--print-path")[1].strip() == str(newest)
+
+
+def test_a_resave_cut_short_is_not_handed_out(real: Make) -> None:
+    run = real("trainer_full")
+    assert call("-C", run, "adopt", "-y")[0] == 0
+    *_, before, newest = sorted(run.glob("checkpoint-*"))
+    resaved(newest, "optimizer.pt")
+    assert call("-C", run, "resume", "--print-path")[1].strip() == str(before)
+
+
+def test_copies_with_new_times_stay_adopted(real: Make, tmp_path: Path) -> None:
+    run = real("trainer_full")
+    assert call("-C", run, "adopt", "-y")[0] == 0
+    copy = shutil.copytree(run, tmp_path / "copy", copy_function=shutil.copyfile)
+    for file in copy.glob("checkpoint-*/*"):
+        os.utime(file, (2e9, 2e9) if file.name != "lastgood.json" else (1e9, 1e9))
+    assert {record.state for record in records(copy)} == {"full"}
+    assert call("-C", copy, "resume", "--print-path")[0] == 0
+
+
+def supervised(run: Path, *words: str) -> subprocess.Popen[str]:
+    line = [sys.executable, "-m", "lastgood", "-C", str(run), "run", "--max-restarts", "0", "--", *words]
+    return subprocess.Popen(line, env=environment(), stderr=subprocess.PIPE, text=True)
+
+
+def test_one_supervisor_per_directory(tmp_path: Path) -> None:
+    run = managed(tmp_path / "run")
+    with supervised(run, "sleep", "60") as first:
+        assert first.stderr is not None
+        assert "launch 1" in first.stderr.readline()
+        code, _, err = call("-C", run, "run", "--", "true")
+        first.send_signal(signal.SIGTERM)
+        first.wait(30)
+    assert code != 0 and "another `lastgood run`" in err, err
+    assert call("-C", run, "run", "--", "true")[0] == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="only /proc tells of them")
+def test_workers_with_a_session_of_their_own_end_with_a_crash(tmp_path: Path) -> None:
+    number = tmp_path / "pid"
+    script = f"setsid sh -c 'echo $$ > {number}; exec sleep 60' & while [ ! -s {number} ]; do sleep 0.05; done; exit 7"
+    with supervised(managed(tmp_path / "run"), "sh", "-c", script) as process:
+        assert process.wait(30) == 7
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(number.read_text()), 0)
