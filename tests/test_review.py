@@ -268,3 +268,34 @@ def test_workers_with_a_session_of_their_own_end_with_a_crash(tmp_path: Path) ->
         assert process.wait(30) == 7
     with pytest.raises(ProcessLookupError):
         os.kill(int(number.read_text()), 0)
+
+
+def test_what_a_trainer_is_writing_is_no_leftover(real: Make) -> None:
+    run = real("trainer_full")
+    writing = run / "checkpoint-8"
+    writing.mkdir()
+    shutil.copy(run / "checkpoint-6/model.safetensors", writing)
+    options = ("prune", "--keep-last", 9, "--stock", "--incomplete", "--now", "-y")
+    code, _, err = call("-C", run, *options)
+    assert code == 0 and writing.exists() and "being written" in err, err
+    for path in (writing / "model.safetensors", writing):
+        os.utime(path, (1e9, 1e9))
+    assert call("-C", run, *options)[0] == 0 and not writing.exists()
+
+
+def test_a_run_of_weights_alone_can_be_pruned(tmp_path: Path) -> None:
+    run = managed(tmp_path / "run")
+    assert call("-C", run, "strip", 200, 400, "--now", "-y")[0] == 0
+    shutil.rmtree(run / "checkpoint-600")
+    code, _, err = call("-C", run, "prune", "--keep-last", 1, "-y")
+    assert code == 0 and [record.step for record in records(run)] == [400], err
+
+
+def test_exports_of_adopted_and_stripped_ones(real: Make, tmp_path: Path) -> None:
+    run = real("trainer_full")
+    assert call("-C", run, "adopt", "-y")[0] == 0 == call("-C", run, "strip", 2, "--now", "-y")[0]
+    for step in (2, 6):
+        code, _, err = call("-C", run, "export", step, tmp_path / str(step), "--to", "accelerate")
+        assert code == 0 and (tmp_path / str(step) / "model.safetensors").exists(), err
+        assert not (tmp_path / str(step) / "lastgood.json").exists()
+    assert (tmp_path / "6/optimizer.bin").exists() and not (tmp_path / "2/optimizer.bin").exists()

@@ -15,7 +15,7 @@ from lastgood.cli.table import Style, emit, emit_json, forms
 from lastgood.errors import Refused, UsageError
 from lastgood.model import Record
 from lastgood.policy import Decision
-from lastgood.pruning import Scope, changed, husks, occupied, plan, proven, ranks, short_of_room
+from lastgood.pruning import Scope, changed, husks, in_flux, occupied, plan, proven, ranks, short_of_room
 from lastgood.repo import bin, gc, journal
 from lastgood.store import local
 from lastgood.view import View, look
@@ -72,8 +72,12 @@ def prune(
         seen = view
         if not dry_run and not no_verify and any(d.action != "keep" for d in decisions):
             view, decisions = proven(view, rules, decisions, _damaged, to_free=wanted, scope=scope)
+        spared = [r for r in seen.records if incomplete and stock and r.state == "incomplete" and in_flux(seen.path(r))]
         todo = gc.plan([d.record for d in decisions], decisions, stock=stock)
         broken = husks(seen, stock) if incomplete else []
+        for record in spared:
+            if record not in broken:
+                click.echo(f"{text.plain(record.name)} may be being written now: it stays", err=True)
         total = todo.bytes + sum(occupied(view.path(record)) for record in broken)
         free_now = (to_free is not None or short_of_room(view)) if now is None else now
         show_plan(view, decisions, todo, style, free_now=free_now, dry_run=dry_run, husks=broken)
