@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from lastgood import policy
 from lastgood.cli import prune as pruning
 from lastgood.manager import Manager
 from lastgood.model import Record
 from lastgood.policy import Keep
-from lastgood.repo import bin, metrics, pins
+from lastgood.repo import bin, gc, metrics, pins
 from lastgood.repo.layout import HIDDEN
 from lastgood.repo.read import records
 from lastgood.view import look
@@ -299,3 +300,29 @@ def test_exports_of_adopted_and_stripped_ones(real: Make, tmp_path: Path) -> Non
         assert code == 0 and (tmp_path / str(step) / "model.safetensors").exists(), err
         assert not (tmp_path / str(step) / "lastgood.json").exists()
     assert (tmp_path / "6/optimizer.bin").exists() and not (tmp_path / "2/optimizer.bin").exists()
+
+
+def test_what_undo_brings_back_has_its_number_alone(tmp_path: Path) -> None:
+    run = managed(tmp_path / "run", {200: 1.5, 400: 1.1, 601: 1.2})
+    newest = named(run, "checkpoint-601")
+    gc.execute(run, gc.plan(records(run), [policy.Decision(newest, "strip", ("as save_only_model has it",))]))
+    assert call("-C", run, "prune", "--keep-every", 200, "--trash", "-y")[0] == 0
+    assert call("-C", run, "resume", "--print-path")[1].strip().endswith("checkpoint-400")
+    made = Manager(root=run, keep=Keep(), on_error="raise")
+    made.open()
+    made.begin_from(made.find("last").record)
+    made.save(500, stage(500), estimate=1, environment={}, arguments={}, facts={})
+    made.close()
+    assert call("-C", run, "undo")[0] == 0
+    assert sorted(record.seq for record in records(run)) == [1, 2, 3, 4]
+    assert {record.step for record in records(run) if not record.current} == {601}
+
+
+def test_undo_finds_a_free_name(tmp_path: Path) -> None:
+    run = managed(tmp_path / "run")
+    identity = named(run, "checkpoint-200").id
+    assert call("-C", run, "prune", "--keep-last", 1, "--trash", "-y")[0] == 0
+    (run / "checkpoint-200").mkdir()
+    (run / f"checkpoint-200.{identity[:8]}").mkdir()
+    assert call("-C", run, "undo")[0] == 0
+    assert identity in {record.id for record in records(run)}
