@@ -29,6 +29,7 @@ from lastgood.talk import say, warn
 
 RESERVE = 16 << 20
 """Bytes left free by a save, so that a manifest, a journal line and a deletion still fit (16 MiB)."""
+UNADOPTED = "written without lastgood: `lastgood adopt` takes it into the run"
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +206,9 @@ class Manager:
             return
         gc.sweep(self.root)  # leftovers of interrupted saves and deletions are the first to go
         free, inodes = local.free(self.root)
-        if (free < estimate + RESERVE or 0 <= inodes <= 64) and bin.empty(self.root):
+        # In vain it isn't emptied: without enough in it, the save fails just the same.
+        enough = free + bin.size(self.root) >= estimate + RESERVE
+        if enough and (free < estimate + RESERVE or 0 <= inodes <= 64) and bin.empty(self.root):
             say("the space of what `lastgood prune` had removed was needed: it can't be undone any more")
             free, inodes = local.free(self.root)
         if free < estimate + RESERVE or 0 <= inodes <= 64:
@@ -249,6 +252,9 @@ class Manager:
                 continue
             faults = verify.problems(self.root, record, full=self.verify == "full")
             if not faults:
+                if what == "last":
+                    stock = [r for r in everything if r.state == "stock" and r.step > record.step]
+                    skipped += [(r.name, UNADOPTED) for r in stock]
                 return Found(record, tuple(skipped), tuple(damaged))
             skipped.append((record.name, "; ".join(faults[:3])))
             damaged.append(record.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +13,17 @@ import msgspec
 
 from lastgood import policy
 from lastgood.errors import NotEnoughSpace, Refused, UsageError
+from lastgood.layouts.found import modified
 from lastgood.manager import RESERVE, size
 from lastgood.model import Record
 from lastgood.policy import Decision, Keep
 from lastgood.repo import gc
+from lastgood.repo.read import records
 from lastgood.store import local
 from lastgood.view import View
 
+LATELY = 120.0
+"""Seconds for which a half-written checkpoint counts as one that is being written."""
 TRAINERS = ("trainer", "fsdp", "deepspeed")
 """Layouts whose checkpoints may be adopted, or deleted unadopted if that is asked for: one directory per step."""
 
@@ -96,8 +101,12 @@ def proven(
     view: View, rules: dict[str, Any], decisions: list[Decision], damaged: Callable[[str, str], None], **how: Any
 ) -> tuple[View, list[Decision]]:
     """Deleting the others makes the newest the last good one: it is hashed first, and passed over if damaged."""
+    weights_alone = all(record.state not in ("full", "incomplete") for record in view.records)
     while True:
         newest = policy.latest([d.record for d in decisions])
+        if weights_alone:  # save_only_model: the newest is all there is to go on from
+            own = [d.record for d in decisions if d.record.ours and d.record.current]
+            newest = max(own, key=lambda record: record.seq, default=None)
         if newest is None:
             raise Refused("no full checkpoint is good: nothing is deleted", hint="`lastgood verify --full` says why")
         faults = view.problems(newest, full=True)
@@ -118,6 +127,29 @@ def _with(view: View, name: str, record: Record) -> View:
     return msgspec.structs.replace(view, native=swapped(view.native), records=swapped(view.records))
 
 
+def last_good(view: View, *, full: bool) -> Record | None:
+    """The newest full checkpoint that passes verification: what a recovery would really use."""
+    own = sorted((r for r in view.records if r.ours and r.current and r.state == "full"), key=lambda r: -r.seq)
+    return next((record for record in own if not view.problems(record, full=full)), None)
+
+
+def changed(view: View) -> list[str]:
+    """Names of the checkpoints whose pins, tags or metrics aren't those of the view any more."""
+    now = {record.name: (record.id, record.pinned, record.metrics) for record in records(view.root)}
+    return [r.name for r in view.native if now.get(r.name) != (r.id, r.pinned, r.metrics)]
+
+
+def ranks(view: View, monitor: str) -> None:
+    """Raises UsageError for a metric that no checkpoint has, while others are recorded: the best would go unseen."""
+    own = [record for record in view.records if record.ours]
+    known = sorted({name for record in own for name in record.metrics})
+    if known and all(policy.metric_of(record, monitor) is None for record in own):
+        raise UsageError(
+            f"no checkpoint has a {monitor}: none would be kept as the best",
+            hint=f"recorded metrics: {', '.join(known)}",
+        )
+
+
 def short_of_room(view: View) -> bool:
     """Whether the disk, as it is, has no room for one more save like the newest."""
     newest = policy.latest(view.records)
@@ -131,12 +163,25 @@ def occupied(path: Path) -> int:
 
 
 def husks(view: View, stock: bool) -> list[Record]:
-    """Incomplete directories that are provably this run's, or any of a stock run if --stock says so."""
+    """Incomplete directories that are provably this run's, or any of a stock run if --stock says so.
+
+    But not the furthest one as long as a Trainer, which holds no lock, may be writing it.
+    """
     run = view.run
+    furthest = max((record.step for record in view.records), default=-1)
     return [
         r
         for r in view.records
         if r.state == "incomplete"
         and not r.pinned
-        and ((r.manifest is not None and r.manifest.run == run and run) or (stock and r.layout in TRAINERS))
+        and (
+            (r.manifest is not None and r.manifest.run == run and run)
+            or (stock and r.layout in TRAINERS and (r.step < furthest or not in_flux(view.path(r))))
+        )
     ]
+
+
+def in_flux(path: Path) -> bool:
+    """Whether something in a directory was written lately."""
+    times = [modified(path), *(modified(Path(at) / name) for at, _, names in os.walk(path) for name in names)]
+    return max(times) > time.time() - LATELY

@@ -18,8 +18,8 @@ from lastgood.model import FileEntry, Manifest, Record, going_on
 from lastgood.policy import Keep, Mode, known_mode
 from lastgood.repo import pins
 from lastgood.repo.layout import HIDDEN, step_of
-from lastgood.repo.read import records, whole
-from lastgood.repo.run import read_head, read_policy, read_run
+from lastgood.repo.read import identify, records, whole
+from lastgood.repo.run import read_head, read_policy
 from lastgood.store import local
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class View(msgspec.Struct, frozen=True):
     @property
     def run(self) -> str | None:
         """The id of the managed run; None for one that isn't managed."""
-        return read_run(self.root)
+        return identify(self.root)
 
     @property
     def protect(self) -> Mapping[str, str]:

@@ -9,7 +9,7 @@ import click
 from lastgood import checkout as copying
 from lastgood.cli import text
 from lastgood.cli.checkout import need_torch
-from lastgood.cli.place import REV, pick, place, run_option
+from lastgood.cli.place import REV, new_place, pick, place, run_option
 from lastgood.errors import CorruptCheckpoint, UsageError
 from lastgood.model import Record
 from lastgood.store.appear import appearing
@@ -35,6 +35,7 @@ def average(root: str | None, revs: tuple[str, ...], directory: Path, shares: st
 
     path, first = place(root, revs[0])
     view = look(path)
+    new_place(directory, path)
     chosen = [pick(view, word) for word in (*((first,) if first else ()), *revs[1:])]
     if len({record.name for record in chosen}) != len(chosen):
         raise UsageError("the same checkpoint comes twice", hint="--weights 2,1 gives one a higher weight")

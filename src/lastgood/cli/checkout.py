@@ -11,7 +11,7 @@ import click
 
 from lastgood import checkout as copying
 from lastgood.cli import text
-from lastgood.cli.place import REV, pick, place, run_option
+from lastgood.cli.place import REV, new_place, pick, place, run_option
 from lastgood.cli.verify import _progress
 from lastgood.errors import CorruptCheckpoint, NotSupported, UsageError
 from lastgood.model import Record
@@ -45,6 +45,7 @@ def checkout(
     record = pick(view, word or "latest")
     if base is not None and not merge:
         raise UsageError("--base names the model that --merge merges into", hint="add --merge")
+    new_place(directory, path)
     if form == "trainer" and (merge or dtype):
         raise UsageError("a Trainer resumes from weights as they were saved", hint="leave out --merge and --dtype")
     if form == "trainer":

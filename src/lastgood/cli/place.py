@@ -137,6 +137,25 @@ def _from_path(path: Path) -> tuple[Path, str | None]:
     raise NoRun(f"{text.plain(str(path))} is neither a run nor a checkpoint in one")
 
 
+def new_place(target: Path, run: Path) -> None:
+    """Raises UsageError for a place where something new would count as a checkpoint, or be deleted with one."""
+    at = Path(os.path.realpath(target))
+    inside = next((p for p in at.parents if step_of(p.name) is not None and _is_checkpoint(p)), None)
+    if HIDDEN in at.parts:
+        said = f"is inside {HIDDEN}, where lastgood deletes what it doesn't know"
+    elif inside is not None:
+        said = f"is inside the checkpoint {inside.name}, and would be deleted together with it"
+    elif step_of(at.name) is not None and (at.parent == Path(os.path.realpath(run)) or (at.parent / HIDDEN).is_dir()):
+        said = "would be taken for a checkpoint of the run that is there"
+    else:
+        return
+    raise UsageError(f"{text.plain(os.fspath(target))} {said}", hint="choose a place outside of the run")
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return any(os.path.lexists(path / name) for name in ("lastgood.json", "trainer_state.json"))
+
+
 def pick(view: View, rev: str) -> Record:
     """The checkpoint that a revision names."""
     from lastgood.rev import resolve

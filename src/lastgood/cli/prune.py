@@ -12,10 +12,10 @@ from lastgood.cli import text
 from lastgood.cli.held import confirm, held
 from lastgood.cli.place import run_at, run_option
 from lastgood.cli.table import Style, emit, emit_json, forms
-from lastgood.errors import UsageError
+from lastgood.errors import Refused, UsageError
 from lastgood.model import Record
 from lastgood.policy import Decision
-from lastgood.pruning import Scope, husks, occupied, plan, proven, short_of_room
+from lastgood.pruning import Scope, changed, husks, in_flux, occupied, plan, proven, ranks, short_of_room
 from lastgood.repo import bin, gc, journal
 from lastgood.store import local
 from lastgood.view import View, look
@@ -63,20 +63,33 @@ def prune(
             _empty(path, style, dry_run, yes)
             return
         view = look(path, outline=dry_run)
+        if rules["monitor"] is not None:
+            ranks(view, rules["monitor"])
         wanted = None if to_free is None else _size(to_free)
         if rules["within"] is not None:
             rules["within"] = _duration(rules["within"])
         decisions = plan(view, rules, to_free=wanted, scope=scope)
-        if not dry_run and not no_verify and any(d.action == "delete" for d in decisions):
+        seen = view
+        if not dry_run and not no_verify and any(d.action != "keep" for d in decisions):
             view, decisions = proven(view, rules, decisions, _damaged, to_free=wanted, scope=scope)
+        spared = [r for r in seen.records if incomplete and stock and r.state == "incomplete" and in_flux(seen.path(r))]
         todo = gc.plan([d.record for d in decisions], decisions, stock=stock)
-        broken = husks(view, stock) if incomplete else []
+        broken = husks(seen, stock) if incomplete else []
+        for record in spared:
+            if record not in broken:
+                click.echo(f"{text.plain(record.name)} may be being written now: it stays", err=True)
         total = todo.bytes + sum(occupied(view.path(record)) for record in broken)
         free_now = (to_free is not None or short_of_room(view)) if now is None else now
         show_plan(view, decisions, todo, style, free_now=free_now, dry_run=dry_run, husks=broken)
         if dry_run or not (todo.items or broken):
             return
         confirm(f"remove {len(todo.items) + len(broken)} things?", yes)
+        if names := changed(seen):  # pins, tags and metrics need no lock
+            raise Refused(
+                f"{', '.join(map(text.plain, names[:5]))}: pins, tags or metrics were changed since the plan was made;"
+                " nothing was removed",
+                hint="run it again",
+            )
         number = None if free_now else bin.begin(path, "prune")
         gc.execute(path, todo, undoable=number)
         for record in broken:

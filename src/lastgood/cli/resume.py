@@ -14,12 +14,14 @@ from lastgood.cli.place import pick, run_at, run_option
 from lastgood.cli.table import Style, emit, emit_json, forms
 from lastgood.errors import NoCheckpoint
 from lastgood.layouts import trainer
+from lastgood.manager import UNADOPTED
 from lastgood.model import Record
 from lastgood.pruning import TRAINERS
 from lastgood.store import local
 from lastgood.view import View, look
 
 SCHEMA = "lastgood.resume/1"
+LAST = ("last", "latest", "auto")
 
 
 @click.command()
@@ -73,7 +75,7 @@ def resume(root: str | None, run: str | None, style: Style, start: str, check: b
 def choose(view: View, start: str, *, full: bool) -> tuple[Record | None, list[tuple[str, str]]]:
     """(the checkpoint that a resume would take, (name, reason) of those passed over): what the live resume does."""
     skipped = [(r.name, r.problem) for r in view.records if r.state == "incomplete"]
-    if start not in ("last", "latest", "auto"):
+    if start not in LAST:
         candidates = _asked_for(view, start)
     elif view.layout in ("trainer", "fsdp", "deepspeed") and not any(r.id and r.ours for r in view.records):
         return _stock(view)
@@ -85,9 +87,29 @@ def choose(view: View, start: str, *, full: bool) -> tuple[Record | None, list[t
         faults = ("only its weights were kept",) if record.state == "weights" else view.problems(record, full=full)
         if not faults:
             newer = {r.name: r.step for r in view.records}
+            skipped += [(r.name, UNADOPTED) for r in newer_stock(view, record)] if start in LAST else []
             return record, [s for s in skipped if newer.get(s[0], 0) >= record.step]
         skipped.append((record.name, "; ".join(faults[:3])))
     return None, skipped
+
+
+def newer_stock(view: View, record: Record) -> list[Record]:
+    """Complete checkpoints that a Trainer wrote without lastgood, further than `record`; the newest last."""
+    stock = [r for r in view.records if not r.id and r.ours and r.layout in TRAINERS and r.step > record.step]
+    return sorted(stock, key=lambda r: r.step)
+
+
+def continued(view: View, record: Record) -> Record:
+    """The newest intact checkpoint with which a stock Trainer went on from an adopted one: else that one."""
+    if record.layout not in TRAINERS:
+        return record
+    before = trainer.history(view.path(record))
+    for later in reversed(newer_stock(view, record)):
+        path = view.path(later)
+        item = trainer.inspect(path)
+        if not item.problems and not trainer.lacking(path) and item.history[: len(before)] == before:
+            return later
+    return record
 
 
 def _asked_for(view: View, start: str) -> list[Record]:

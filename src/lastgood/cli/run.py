@@ -12,8 +12,9 @@ import click
 from lastgood.cli import text
 from lastgood.cli.adopt import candidates
 from lastgood.cli.place import run_option
-from lastgood.cli.resume import choose
+from lastgood.cli.resume import choose, continued
 from lastgood.errors import NoCheckpoint, RunLocked, UsageError
+from lastgood.manager import UNADOPTED
 from lastgood.model import Record
 from lastgood.pruning import TRAINERS, Scope, plan
 from lastgood.repo import gc, journal
@@ -60,11 +61,12 @@ def run(
         plan(_view(path), wanted, scope=Scope(stock=True))  # a policy that makes no sense fails now, not in the night
     elif wanted:
         raise UsageError("--monitor and --mode say what best means; keep how many?", hint="--keep-best 2")
+    alone = _Alone(path)
     code = supervise(
         command,
-        choose=lambda: _choose(path),
+        choose=lambda: _choose(alone()),
         progress=lambda: max((r.step for r in _view(path).records if r.state == "full"), default=-1),
-        tidy=_tidier(path, wanted),
+        tidy=_tidier(alone, wanted),
         limits=Limits(restarts=max_restarts, backoff=backoff, grace=grace),
     )
     raise click.exceptions.Exit(code)
@@ -82,6 +84,34 @@ def _directory(root: str | None) -> Path:
     return path
 
 
+class _Alone:
+    """The directory, looked after by nobody else: two would put what the other's command is writing aside.
+
+    Locked by itself, from when it is there on: a file in it would keep some scripts from starting in it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.handle = path, -1
+
+    def __call__(self) -> Path:
+        """Raises RunLocked."""
+        if self.handle < 0 and os.name != "nt" and self.path.is_dir():
+            import fcntl
+
+            handle = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(handle)
+                raise RunLocked(
+                    f"another `lastgood run` looks after {self.path}", hint="wait for it or stop it"
+                ) from None
+            except OSError:
+                pass  # a file system that can't
+            self.handle = handle
+        return self.path
+
+
 def _view(path: Path) -> View:
     return look(path) if path.is_dir() else View(path, (), ())
 
@@ -95,6 +125,11 @@ def _choose(path: Path) -> Path | None:
     if not any(record.state in ("full", "incomplete") for record in view.records):
         return None
     chosen, skipped = choose(view, "last", full=True)
+    if chosen is not None:
+        # A stock Trainer that goes on in an adopted run: back at the adopted one it would redo, and write over, these.
+        chosen = continued(view, chosen)
+        further = {r.name for r in view.records if r.step > chosen.step}
+        skipped = [(name, why) for name, why in skipped if why != UNADOPTED or name in further]
     for name, reason in skipped:
         say(f"passed over {text.plain(name)}: {text.plain(reason)}")
     # A stock Trainer would write into them again, under a manifest that tells of other bytes.
@@ -136,9 +171,10 @@ def _theirs(record: Record) -> bool:
     return record.layout in TRAINERS and not record.id
 
 
-def _tidier(path: Path, rules: dict[str, Any]) -> Callable[[bool], None]:
+def _tidier(alone: Callable[[], Path], rules: dict[str, Any]) -> Callable[[bool], None]:
     def tidy(ended: bool) -> None:
         """Adopt what is finished, then prune: only if nobody else holds the run, so a managed one is left alone."""
+        path = alone()
         if not any(name in rules for name in RULES) or not path.is_dir():
             return
         view = look(path)

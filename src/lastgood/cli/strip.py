@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import click
 
-from lastgood import policy
 from lastgood.cli.held import confirm, held
 from lastgood.cli.place import REV, pick, place, run_at, run_option
 from lastgood.cli.prune import show_plan, told
@@ -12,9 +11,9 @@ from lastgood.cli.table import Style, forms
 from lastgood.errors import Refused, UsageError
 from lastgood.model import Record
 from lastgood.policy import Decision
-from lastgood.pruning import short_of_room
+from lastgood.pruning import last_good, short_of_room
 from lastgood.repo import bin, gc
-from lastgood.view import View, look
+from lastgood.view import look
 
 
 @click.command()
@@ -35,8 +34,9 @@ def strip(root: str | None, revs: tuple[str, ...], style: Style, now: bool | Non
         named = [pick(view, word) for word in (*((first,) if first else ()), *revs[1:])]
         chosen = list({record.name: record for record in named}.values())  # one by two names is stripped once
         decisions = [Decision(record, "strip", ("asked for",)) for record in chosen]
+        good = last_good(view, full=not dry_run)
         for record in chosen:
-            _may_strip(view, record)
+            _may_strip(record, good)
         todo = gc.plan(view.records, decisions)
         free_now = short_of_room(view) if now is None else now
         show_plan(view, decisions, todo, style, free_now=free_now, dry_run=dry_run)
@@ -47,15 +47,16 @@ def strip(root: str | None, revs: tuple[str, ...], style: Style, now: bool | Non
         told(todo.bytes, free_now)
 
 
-def _may_strip(view: View, record: Record) -> None:
+def _may_strip(record: Record, good: Record | None) -> None:
     if record.state == "weights":
         raise UsageError(f"{record.name} holds the weights alone already")
     if not record.id or record.state != "full":
         raise Refused(f"{record.name} isn't a full checkpoint of this run", hint="`lastgood adopt` takes stock ones in")
     if record.pinned:
         raise Refused(f"{record.name} is held by {', '.join(record.pinned)}", hint="`lastgood unpin` or `untag` first")
-    newest = policy.latest(view.records)
-    if newest is not None and newest.name == record.name:
+    if good is None:
+        raise Refused("no full checkpoint is good: nothing is stripped", hint="`lastgood verify --full` says why")
+    if good.name == record.name:
         raise Refused(f"{record.name} is the last good checkpoint: without it the run can't be resumed")
 
 

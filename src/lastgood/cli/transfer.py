@@ -7,18 +7,20 @@ from pathlib import Path
 
 import click
 
+from lastgood import policy
 from lastgood.cli import text
 from lastgood.cli.checkout import need_torch
 from lastgood.cli.held import confirm, held
-from lastgood.cli.place import REV, pick, place, run_option
-from lastgood.errors import CorruptCheckpoint, NoCheckpoint, UsageError
+from lastgood.cli.place import REV, new_place, pick, place, run_option
+from lastgood.errors import CorruptCheckpoint, NoCheckpoint, Refused, UsageError
 from lastgood.layouts import scan
 from lastgood.layouts.found import Found
-from lastgood.model import Record, extend, lineage_in_force, next_seq
+from lastgood.model import Head, Record, extend, lineage_in_force, next_seq
+from lastgood.pruning import TRAINERS
 from lastgood.repo import journal, metrics
 from lastgood.repo.commit import commit
-from lastgood.repo.read import records
-from lastgood.repo.run import read_head, read_run, start_run
+from lastgood.repo.read import identify, records
+from lastgood.repo.run import read_head, read_run, start_run, write_head
 from lastgood.repo.staging import open_staging
 from lastgood.view import look
 
@@ -48,11 +50,24 @@ def import_(source: Path, run: Path, step: int | None, yes: bool) -> None:
     if len(found) > 1:
         confirm(f"bring {len(found)} checkpoints into {text.plain(str(run))}?", yes)
     run.mkdir(parents=True, exist_ok=True)
+    stock = [r.name for r in look(run).records if r.layout in TRAINERS and not r.id]
+    if stock:
+        raise Refused(
+            f"{run} holds checkpoints of a stock Trainer ({', '.join(stock[:3])}), which a resume would pass over for"
+            " the imported ones; nothing was imported",
+            hint="`lastgood adopt` takes them in first, or import into a directory of its own",
+        )
     with held(run, False):
+        record = None
         for item in found:
-            record = _bring(item, run, step)
+            record = _bring(item, run, step, record)
             click.echo(
                 f"{text.plain(item.path.name)} -> {record.name} ({record.state}, {text.size(record.size)})", err=True
+            )
+        goes_on = policy.latest(records(run))
+        if record is not None and goes_on is not None and not _imported(goes_on):
+            click.echo(
+                f"they lie beside the run, which goes on from {goes_on.name}: name one to resume from it", err=True
             )
 
 
@@ -71,7 +86,12 @@ def _sources(source: Path) -> list[Found]:
     return kept
 
 
-def _bring(item: Found, run: Path, step: int | None) -> Record:
+def _imported(record: Record) -> bool:
+    return record.manifest is not None and "imported" in record.manifest.facts
+
+
+def _bring(item: Found, run: Path, step: int | None, last: Record | None) -> Record:
+    """last: the one that was brought in before."""
     from lastgood.convert.bring import stage
     from lastgood.convert.read import read
 
@@ -80,11 +100,16 @@ def _bring(item: Found, run: Path, step: int | None) -> Record:
     if wanted < 0:
         raise UsageError(f"nothing in {item.path.name} says which step it belongs to", hint="--step N")
     content.step = wanted
-    identity = read_run(run) or start_run(run)
+    identity = read_run(run) or start_run(run, identify(run))
     there = records(run)
     head = read_head(run, identity)
     seq, lineage = next_seq(there, head), lineage_in_force(there, head)
     newest = max((r for r in there if r.ours and r.current), key=lambda r: r.seq, default=None)
+    if newest is not None and not _imported(newest):
+        # Beside a run that has trained here: as its newest, a resume would take it and `prune` delete what was trained.
+        write_head(run, Head(run=identity, lineage=lineage, next=seq + 1))
+        newest = last
+        lineage = last.manifest.lineage if last is not None and last.manifest is not None else ()
     staging = open_staging(run)
     try:
         stage(content, staging)
@@ -129,6 +154,7 @@ def export(root: str | None, rev: str, target: Path, tool: str, prefix: str) -> 
     path, word = place(root, rev)
     view = look(path)
     record = pick(view, word or "latest")
+    new_place(target, path)
     if prefix and tool != "lightning":
         raise UsageError("--prefix is for lightning")
     for fault in view.problems(record, full=True):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
@@ -14,10 +16,16 @@ from lastgood.cli import text
 from lastgood.cli.place import REV, pick, place, run_option
 from lastgood.cli.table import Style, emit, emit_json, forms
 from lastgood.errors import UsageError
-from lastgood.model import Record
+from lastgood.model import Manifest, Record
 from lastgood.view import View, look
 
 SCHEMA = "lastgood.verify/1"
+LOADED = (
+    ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
+    ("adapter_config.json",),
+    ("adapter_model.safetensors", "adapter_model.bin"),
+)
+"""What from_pretrained looks for, the first of each that is there."""
 
 
 @click.command()
@@ -52,6 +60,8 @@ def verify(
             started = time.perf_counter()
             part = _part(record, share)
             faults = view.problems(part, full=full, progress=advance) if part is not None else ()
+            if record.id and (share is None or share[0] == 1):
+                faults += instead(view.path(record), record.manifest)
             if record.state == "incomplete" and not faults:
                 faults = (record.problem,)
             results.append(_result(record, faults, time.perf_counter() - started, part))
@@ -67,6 +77,20 @@ def verify(
             )
     if bad:
         raise click.exceptions.Exit(1)
+
+
+def instead(directory: Path, manifest: Manifest | None) -> tuple[str, ...]:
+    """Files that came into a checkpoint later and that from_pretrained would load in the place of its own."""
+    saved = manifest.files if manifest is not None else {}
+    found = []
+    for order in LOADED:
+        for name in order:
+            if name in saved:
+                break
+            if os.path.lexists(directory / name):
+                found.append(f"{name} isn't part of it, and from_pretrained would load it")
+                break
+    return tuple(found)
 
 
 def _default(view: View, everything: bool) -> list[Record]:

@@ -40,7 +40,11 @@ def read(path: Path, layout: str, manifest: Manifest | None = None) -> Content:
     if layout not in readers:
         raise UsageError(f"layout must be one of {', '.join(readers)}, not {layout!r}")
     try:
-        content = readers[layout](path)
+        # A manifest knows what belongs to it: not itself, nor what stands where a stripped one's optimizer was.
+        adopted = (
+            list(manifest.files) if manifest is not None and manifest.id and layout in ("trainer", "fsdp") else None
+        )
+        content = _trainer(path, adopted) if adopted is not None else readers[layout](path)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         if isinstance(error, LastgoodError):
             raise
@@ -55,8 +59,8 @@ def read(path: Path, layout: str, manifest: Manifest | None = None) -> Content:
 # ---- directories of the Trainer and of Accelerate ----------------------------------------
 
 
-def _trainer(path: Path) -> Content:
-    names = list(files_of(path))
+def _trainer(path: Path, names: list[str] | None = None) -> Content:
+    names = list(files_of(path)) if names is None else names
     parts = parts_of(dict.fromkeys(names, 0))
     content = Content()
     _models(content, path, names)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lastgood.errors import CorruptCheckpoint, NoCheckpoint
-from lastgood.format import archive, inert
+from lastgood.format import archive, inert, manifest
 from lastgood.format.manifest import safe_name
 from lastgood.format.tensors import read_header
 from lastgood.layouts import dcp
@@ -51,6 +51,7 @@ class Stock:
 def look(path: Path) -> Found:
     """What a directory is, from names, sizes and trainer_state.json alone."""
     files = files_of(path)
+    files.pop(manifest.NAME, None)  # of an adopted checkpoint into which a Trainer saved again
     state, problems = _state(path / STATE)
     parts = parts_of(files)
     layout = _layout(files)

@@ -12,7 +12,7 @@ from lastgood.format import manifest as codec
 from lastgood.model import FORMAT, Head, Manifest, Record, Span, extend, lineage_in_force, next_seq, on_lineage
 from lastgood.repo import journal, metrics
 from lastgood.repo.layout import new_id
-from lastgood.repo.read import records
+from lastgood.repo.read import identify, records
 from lastgood.repo.run import forget_head, read_head, read_run, start_run, write_head
 from lastgood.store import local
 
@@ -55,7 +55,7 @@ def adopt(root: Path, chains: Sequence[Chain], *, progress: Callable[[int], None
     Where the run isn't anywhere yet, the last chain becomes the current branch. Raises OSError; what was adopted until
     then stays adopted, and calling again goes on with the rest.
     """
-    run = read_run(root) or start_run(root)
+    run = read_run(root) or start_run(root, identify(root))
     before, head = records(root), read_head(root, run)
     way = lineage_in_force(before, head)
     seq = next_seq(before, head)

@@ -112,6 +112,8 @@ def _bring_back(root: Path, source: Path, name: str) -> str:
     target = root / name
     if os.path.lexists(target):  # saved again in the meantime: both stay
         target = root / f"{name.partition('.')[0]}.{_id(source)[:8]}"
+        while os.path.lexists(target):
+            target = root / f"{name.partition('.')[0]}.{new_id()[:8]}"
     local.rename(source, target)
     journal.append(root, "restored", name=target.name, id=_id(target))
     return f"{target.name} is back"

@@ -10,11 +10,12 @@ from typing import Literal
 
 from lastgood.format import guard
 from lastgood.format import manifest as codec
-from lastgood.model import Manifest, Record, stripped
+from lastgood.model import Head, Manifest, Record, lineage_in_force, next_seq, stripped
 from lastgood.policy import Decision
 from lastgood.repo import after, bin, journal
 from lastgood.repo.layout import HIDDEN, hidden, new_id
-from lastgood.repo.read import records
+from lastgood.repo.read import held_by, identify, records
+from lastgood.repo.run import read_head, write_head
 from lastgood.store import local
 
 RESUME_ONLY = frozenset({"optimizer.safetensors", "resume.json"})
@@ -77,11 +78,25 @@ def execute(root: Path, todo: Plan, *, undoable: str | None = None) -> None:
 
     undoable: the number of an operation of `bin.begin`, to put things there instead of freeing their space.
     """
+    if undoable is not None and any(item.action == "delete" for item in todo.items):
+        _reserve_numbers(root, todo)
     for item in todo.items:
-        if item.action == "delete":
+        if held_by(root).get(item.record.id):  # by somebody else since the plan was made: that needs no lock
+            journal.append(root, "spared", step=item.record.step, id=item.record.id, reasons=["pinned meanwhile"])
+        elif item.action == "delete":
             _delete(root, item, undoable)
         else:
             _strip(root, item, undoable)
+
+
+def _reserve_numbers(root: Path, todo: Plan) -> None:
+    """No save may get the number of one that `undo` can bring back: two with the same one are on each other's way."""
+    found, run = records(root), identify(root)
+    head = read_head(root, run)
+    number = next_seq(found, head)
+    gone = {item.record.name for item in todo.items if item.action == "delete"}
+    if run is not None and next_seq([record for record in found if record.name not in gone], head) < number:
+        write_head(root, Head(run=run, lineage=lineage_in_force(found, head), next=number))
 
 
 def _delete(root: Path, item: Item, undoable: str | None) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from lastgood.errors import CorruptCheckpoint
@@ -20,13 +21,16 @@ from lastgood.repo.layout import step_of
 from lastgood.repo.run import read_head, read_run
 from lastgood.store import local
 
+LAST_WRITTEN = "trainer_state.json"
+"""What a stock Trainer writes at the end of a save."""
+
 
 def records(root: Path, *, outline: bool = False) -> tuple[Record, ...]:
     """Every directory that is named like a checkpoint, by (step, number). () for a run that isn't there.
 
     outline: leave out arguments and environment, for listings; never write such a manifest back.
     """
-    run, held, base = read_run(root), _pins(root), os.fspath(root)
+    run, held, base = identify(root), held_by(root), os.fspath(root)
     decode = codec.outline if outline else codec.decode
     found = [
         _record(root, f"{base}/{name}", name, step, run, held, decode)
@@ -34,6 +38,19 @@ def records(root: Path, *, outline: bool = False) -> tuple[Record, ...]:
         if (step := step_of(name)) is not None and _is_directory(f"{base}/{name}")
     ]
     return placed(found, read_head(root, run))
+
+
+def identify(root: Path) -> str | None:
+    """The id of the run in this directory. A lost run.json doesn't make its checkpoints foreign: they name it too."""
+    run = read_run(root)
+    if run is not None:
+        return run
+    told = set()
+    for name in local.names(root):
+        if step_of(name) is not None:
+            with suppress(OSError, CorruptCheckpoint):
+                told.add(codec.outline(local.read(root / name / codec.NAME, codec.LIMIT), codec.NAME).run)
+    return told.pop() if len(told) == 1 else None
 
 
 def _record(
@@ -59,9 +76,12 @@ def _record(
         return Record(name=name, step=step, state="incomplete", problem=error.message)
     if manifest.run != run:
         return Record(name=name, step=step, state="foreign", manifest=manifest, problem="belongs to another run")
+    if manifest.layout and rewritten(directory, manifest):
+        return Record(name=name, step=step, state="stock")
     problem = missing(directory, manifest)
     if problem:
-        return Record(name=name, step=step, state="incomplete", manifest=manifest, problem=problem)
+        names = held.get(manifest.id, ())  # what is held stays held when it loses a file
+        return Record(name=name, step=step, state="incomplete", manifest=manifest, problem=problem, pinned=names)
     return Record(
         name=name,
         step=manifest.step,
@@ -101,6 +121,30 @@ def missing(directory: Path | str, manifest: Manifest) -> str:
     return "; ".join(faults[:3])
 
 
+def newer(directory: Path | str, names: Iterable[str]) -> list[str]:
+    """Those of the files that were written after the manifest: by a Trainer, or because they were copied so."""
+    base = os.fspath(directory)
+    try:
+        since = os.lstat(f"{base}/{codec.NAME}").st_mtime_ns
+        return [name for name in names if os.lstat(f"{base}/{name}").st_mtime_ns > since]
+    except (OSError, ValueError):
+        return []
+
+
+def rewritten(directory: Path | str, manifest: Manifest) -> bool:
+    """Whether a Trainer saved again into an adopted checkpoint: its manifest tells of bytes that are gone.
+
+    What a Trainer writes last is looked at; times alone decide nothing, for copies have new ones.
+    """
+    entry = manifest.files.get(LAST_WRITTEN)
+    if entry is None or not newer(directory, [LAST_WRITTEN]):
+        return False
+    try:
+        return local.digest(Path(directory, LAST_WRITTEN)) != entry
+    except OSError:
+        return False
+
+
 def _reached_directly(at: str, name: str) -> bool:
     for part in name.split("/")[:-1]:
         at = f"{at}/{part}"
@@ -116,7 +160,8 @@ def _is_directory(path: str) -> bool:
         return False
 
 
-def _pins(root: Path) -> Mapping[str, tuple[str, ...]]:
+def held_by(root: Path) -> Mapping[str, tuple[str, ...]]:
+    """checkpoint id -> the names that hold it."""
     try:
         return pins.read(root)
     except (OSError, ValueError):

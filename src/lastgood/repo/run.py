@@ -33,8 +33,9 @@ def read_run(root: Path) -> str | None:
 def start_run(root: Path, run: str | None = None) -> str:
     """Make the directory that of a new run (or of `run`, whose run.json was lost); returns its id."""
     identity = _Identity(1, run or new_id())
-    # First the head: one of the old run must not be found beside the new identity.
-    local.unlink(hidden(root, HEAD))
+    if run is None:
+        # First the head: one of the old run must not be found beside the new identity.
+        local.unlink(hidden(root, HEAD))
     local.replace(hidden(root, RUN), _json(identity))
     return identity.run
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from lastgood.errors import CorruptCheckpoint
 from lastgood.format.tensors import read_header
 from lastgood.model import FileEntry, Record
-from lastgood.repo.read import missing
+from lastgood.repo.read import missing, newer
 from lastgood.store import local
 
 
@@ -18,7 +18,8 @@ def problems(
 ) -> tuple[str, ...]:
     """What is wrong with each file; () for a good checkpoint.
 
-    full: read and hash every byte; otherwise sizes and safetensors headers. `progress` gets the bytes of each file
+    full: read and hash every byte; otherwise sizes and safetensors headers, unless a stock Trainer may have written
+    into it after its manifest. `progress` gets the bytes of each file
     that is done.
     """
     manifest, directory = record.manifest, root / record.name
@@ -27,7 +28,7 @@ def problems(
     gone = missing(directory, manifest)
     if gone:
         return (gone,)
-    if not full:
+    if not full and not (manifest.layout and newer(directory, manifest.files)):
         return tuple(filter(None, (_header(directory / name) for name in manifest.files)))
 
     def check(item: tuple[str, FileEntry]) -> str:

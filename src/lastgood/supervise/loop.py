@@ -18,7 +18,7 @@ from types import FrameType
 
 from lastgood.errors import LastgoodError, NotSupported, UsageError
 from lastgood.supervise.command import PLACE, Launch, Limits, described, fill
-from lastgood.supervise.processes import GUARD, alive, subreaper
+from lastgood.supervise.processes import GUARD, alive, children, gone, subreaper
 from lastgood.talk import say, warn
 
 _USAGE_SECONDS = 5.0
@@ -74,6 +74,7 @@ class _Supervisor:
     wake: int = -1
     woken: int = -1
     guard: int = -1
+    others: set[int] = field(default_factory=set)  # children of ours that aren't of the command
 
     # Signals
 
@@ -209,7 +210,7 @@ class _Supervisor:
             "LASTGOOD_RESTARTS": str(restarts),
         }
         say(f"launch {restarts + 1} from {checkpoint.name if checkpoint else 'the beginning'}")
-        begin = time.monotonic()
+        begin, self.others = time.monotonic(), children()
         try:
             child = subprocess.Popen(
                 fill(self.command, checkpoint),
@@ -263,8 +264,14 @@ class _Supervisor:
         told = bool(self.stop)  # with the rest of the group; it may be saving
         end = min(self.deadline, time.monotonic() + self.limits.grace)
         killed = False
-        while alive(self.group):
+        asked: set[int] = set()  # processes that left the group: workers with sessions of their own, daemons
+        while (group := alive(self.group)) or self._strays():
             now = time.monotonic()
+            strays = set() if group else self._strays()
+            for stray in strays if killed else strays - asked:
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(stray, signal.SIGKILL if killed else signal.SIGTERM)
+            asked |= strays
             if not told:
                 self._forward(signal.SIGTERM)
                 told = True
@@ -275,6 +282,9 @@ class _Supervisor:
                 warn(f"processes of group {self.group} can't be killed")
                 return
             self._sleep(0.02)
+
+    def _strays(self) -> set[int]:
+        return {child for child in children() - self.others - {self.group} if not gone(child)}
 
     def _look(self) -> int:
         try:

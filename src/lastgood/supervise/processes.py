@@ -49,6 +49,24 @@ def alive(group: int) -> bool:
     return True
 
 
+def children() -> set[int]:
+    """Our child processes; those of the command that lost their parent are among them. Empty where nothing tells."""
+    found = set()
+    with suppress(OSError):
+        for task in os.listdir("/proc/self/task"):
+            with suppress(OSError), open(f"/proc/self/task/{task}/children") as file:
+                found |= set(map(int, file.read().split()))
+    return found
+
+
+def gone(child: int) -> bool:
+    """Whether this child of ours has ended; reaps it."""
+    try:
+        return os.waitpid(child, os.WNOHANG)[0] != 0
+    except ChildProcessError:
+        return True
+
+
 def subreaper(on: bool) -> None:
     # In a container the first process often reaps nobody: ended orphans would look alive for ever.
     if sys.platform == "linux":
