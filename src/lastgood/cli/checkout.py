@@ -83,9 +83,13 @@ def _cast(staging: Path, dtype: str) -> None:
     from lastgood.weights.cast import cast
     from lastgood.weights.source import Weights
 
-    files = sorted(staging.glob("*.safetensors"))
-    if not files:
-        raise NotSupported("the weights aren't in safetensors files, so they can't be converted")
+    files = sorted(staging.rglob("*.safetensors"))
+    others = sorted(path.name for path in staging.rglob("*.bin"))
+    if others or not files:
+        raise NotSupported(
+            f"only safetensors files can be converted, not {', '.join(others) or 'what is there'}",
+            hint="check it out without --dtype",
+        )
     for file in files:
         old = file.rename(file.with_suffix(".old"))
         cast(Weights.open([old]), dtype, file)
