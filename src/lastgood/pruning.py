@@ -143,7 +143,7 @@ def ranks(view: View, monitor: str) -> None:
     """Raises UsageError for a metric that no checkpoint has, while others are recorded: the best would go unseen."""
     own = [record for record in view.records if record.ours]
     known = sorted({name for record in own for name in record.metrics})
-    if known and all(policy.metric_of(record, monitor) is None for record in own):
+    if known and not {monitor, f"eval_{monitor}", monitor.removeprefix("eval_")} & set(known):
         raise UsageError(
             f"no checkpoint has a {monitor}: none would be kept as the best",
             hint=f"recorded metrics: {', '.join(known)}",
