@@ -34,8 +34,8 @@ def records(root: Path, *, outline: bool = False) -> tuple[Record, ...]:
     decode = codec.outline if outline else codec.decode
     found = [
         _record(root, f"{base}/{name}", name, step, run, held, decode)
-        for name in local.names(root)
-        if (step := step_of(name)) is not None and _is_directory(f"{base}/{name}")
+        for name in local.folders(root)
+        if (step := step_of(name)) is not None
     ]
     return placed(found, read_head(root, run))
 
