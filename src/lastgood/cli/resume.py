@@ -143,12 +143,12 @@ def contents(view: View, record: Record) -> list[tuple[str, str]]:
     if record.manifest is None:
         return []
     if record.layout:
-        return [(part, f"{len(names)} files") for part, names in record.manifest.parts.items() if names]
+        return [(part, text.files(len(names))) for part, names in record.manifest.parts.items() if names]
     try:
         saved: dict[str, Any] = json.loads(local.read(view.path(record) / "resume.json", 1 << 30))
     except (OSError, ValueError, RecursionError):
         return []
-    rows = [("model", f"{len(record.manifest.parts.get('model', ()))} files")]
+    rows = [("model", text.files(len(record.manifest.parts.get("model", ()))))]
     optimizer, scheduler, data = (saved.get(part) for part in ("optimizer", "scheduler", "data"))
     if isinstance(optimizer, dict):
         kind = str(optimizer.get("class", "?")).rpartition(".")[2]

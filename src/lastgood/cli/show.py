@@ -145,7 +145,7 @@ def _card(view: View, record: Record, style: Style, found: list[dict[str, Any]])
         count = [row for row in found if row["file"] in names]
         what = f", {len(count)} tensors" if count else ""
         some = ", ".join(map(text.plain, names[:4])) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        out.append(f"  {text.plain(part):<10} {style.size(total):>10}  {len(names)} files{what}: {some}")
+        out.append(f"  {text.plain(part):<10} {style.size(total):>10}  {text.files(len(names))}{what}: {some}")
     sections: tuple[tuple[str, Mapping[str, object]], ...] = (
         ("environment", manifest.environment),
         ("facts", {k: v for k, v in manifest.facts.items() if k != "loss"}),

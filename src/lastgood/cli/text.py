@@ -24,6 +24,11 @@ def size(count: int, *, si: bool = False) -> str:
     return f"{value:.1f} {(_SI if si else _IEC)[-1]}"
 
 
+def files(count: int) -> str:
+    """1 file, 2 files."""
+    return f"{count} file" if count == 1 else f"{count} files"
+
+
 def is_timing(metric: str) -> bool:
     """Whether a metric tells of the evaluation's speed, which differs every time and ranks nothing."""
     return metric.endswith(("_runtime", "_per_second", "_preparation_time"))
