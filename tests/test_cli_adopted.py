@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import torch
 from click.testing import CliRunner
 
 import lastgood
+from lastgood.cli.adopt import candidates
 from lastgood.cli.main import cli
 from lastgood.repo.read import records
+from lastgood.view import look
 
 from training import Case
 
@@ -101,3 +104,43 @@ def test_a_secret_in_the_arguments_stays_out_of_the_manifest(tmp_path: Path) -> 
     assert b"canary" not in written
     assert b"learning_rate" in written
     assert "canary" not in call(tmp_path / "run", "show", "--args")
+
+
+@pytest.mark.parametrize("verb", [("adopt", "-y"), ("prune", "--stock", "--keep-last", "1", "--now", "-y")])
+def test_I2_what_stays_is_durable_before_it_gets_a_manifest_or_others_go(
+    verb: tuple[str, ...], stock: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stock Trainer syncs nothing: its newest save may be gone after a power cut, and then the older one is too."""
+    run = copied(stock[0], tmp_path / "run", 2, 4)
+    newest = {path.stat().st_ino for path in (run / "checkpoint-4").iterdir()} | {(run / "checkpoint-4").stat().st_ino}
+    synced: set[int] = set()
+    early: list[str] = []
+    originals = {name: getattr(os, name) for name in ("fsync", "replace", "rename")}
+
+    def fsync(handle: int) -> None:
+        synced.add(os.fstat(handle).st_ino)
+        originals["fsync"](handle)
+
+    def moved(name: str) -> Any:
+        def call(source: Any, target: Any) -> None:
+            if str(target).endswith("checkpoint-4/lastgood.json") or str(source).endswith("checkpoint-2"):
+                early.extend([] if newest <= synced else [f"{source} -> {target}"])
+                early.append("seen")
+            originals[name](source, target)
+
+        return call
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    for name in ("replace", "rename"):
+        monkeypatch.setattr(os, name, moved(name))
+    call(run, *verb)
+    assert early == ["seen"]
+
+
+def test_only_what_is_named_is_read_for_an_adoption(stock: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """The supervisor looks again and again while a Trainer writes gigabytes into the next one."""
+    run = copied(stock[0], tmp_path / "run", 2, 4)
+    shutil.copyfile(run / "checkpoint-2/model.safetensors", run / "checkpoint-4/optimizer.pt")  # would be a fault
+    chains, skipped = candidates(look(run), {"checkpoint-2"})
+    assert [item.path.name for chain in chains for item in chain.items] == ["checkpoint-2"]
+    assert skipped == []

@@ -12,7 +12,6 @@ from lastgood.store import local
 
 OWN_FILES = frozenset({"tensors.json", "extra.safetensors", "trainer_state.json", "training_args.bin", *guard.NAMES})
 """Files of the model part that no from_pretrained looks at."""
-RESUME_PARTS = ("optimizer", "scheduler", "rng", "scaler", "progress", "arguments", "dataloader", "custom")
 
 
 def model_files(record: Record) -> list[str]:

@@ -30,6 +30,10 @@ Span = tuple[int, int]
 """First and last sequence number (both included) of a stretch of saves on one branch."""
 
 
+TRAINERS = ("trainer", "fsdp", "deepspeed")
+"""Layouts of a stock Trainer: one directory per step, so they may be adopted, or deleted unadopted if that is asked."""
+
+
 class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
     """Size in bytes and BLAKE3 (64 hex digits) of one file of a checkpoint."""
 

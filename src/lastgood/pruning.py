@@ -15,7 +15,7 @@ from lastgood import policy
 from lastgood.errors import NotEnoughSpace, Refused, UsageError
 from lastgood.layouts.found import modified
 from lastgood.manager import RESERVE, size
-from lastgood.model import Record
+from lastgood.model import TRAINERS, Record
 from lastgood.policy import Decision, Keep
 from lastgood.repo import gc
 from lastgood.repo.read import records
@@ -24,8 +24,6 @@ from lastgood.view import View
 
 LATELY = 120.0
 """Seconds for which a half-written checkpoint counts as one that is being written."""
-TRAINERS = ("trainer", "fsdp", "deepspeed")
-"""Layouts whose checkpoints may be adopted, or deleted unadopted if that is asked for: one directory per step."""
 
 
 @dataclass(frozen=True, slots=True)

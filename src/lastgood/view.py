@@ -14,7 +14,7 @@ import msgspec
 
 from lastgood import policy
 from lastgood.errors import LastgoodError
-from lastgood.model import FileEntry, Manifest, Record, going_on
+from lastgood.model import TRAINERS, FileEntry, Manifest, Record, going_on
 from lastgood.policy import Keep, Mode, known_mode
 from lastgood.repo import pins
 from lastgood.repo.layout import HIDDEN, step_of
@@ -119,7 +119,7 @@ def _others(root: Path, native: Sequence[Record]) -> dict[str, Found]:
 
 
 def _trainer_arguments(path: Path, layout: str) -> Mapping[str, object]:
-    if layout not in ("trainer", "fsdp", "deepspeed"):
+    if layout not in TRAINERS:
         return {}
     from lastgood.layouts import trainer
 

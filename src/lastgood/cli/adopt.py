@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import click
@@ -15,7 +15,7 @@ from lastgood.errors import NoCheckpoint, NotSupported
 from lastgood.format.manifest import safe_name
 from lastgood.layouts import trainer
 from lastgood.layouts.found import Found
-from lastgood.pruning import TRAINERS
+from lastgood.model import TRAINERS
 from lastgood.repo.adopt import Candidate, Chain
 from lastgood.repo.adopt import adopt as give_manifests
 from lastgood.repo.layout import step_of
@@ -57,8 +57,8 @@ def adopt(root: str | None, run: str | None, dry_run: bool, yes: bool) -> None:
         click.echo(f"adopted {len(chosen)} checkpoints; `lastgood log` lists them", err=True)
 
 
-def candidates(view: View) -> tuple[list[Chain], list[tuple[str, str]]]:
-    """(chains of checkpoints to adopt, (name, reason) of those left alone)."""
+def candidates(view: View, only: Collection[str] | None = None) -> tuple[list[Chain], list[tuple[str, str]]]:
+    """(chains of checkpoints to adopt, (name, reason) of those left alone); only: no others are even read."""
     skipped: list[tuple[str, str]] = []
     good: dict[Path, Found] = {}
     adopted = {view.path(r): r for r in view.records if r.ours and r.id and r.layout in TRAINERS}
@@ -67,7 +67,7 @@ def candidates(view: View) -> tuple[list[Chain], list[tuple[str, str]]]:
         for path, record in adopted.items()
     ]
     for record in view.records:
-        if record.name not in view.found:
+        if record.name not in view.found or (only is not None and record.name not in only):
             continue
         item = view.found[record.name]
         if item.layout not in TRAINERS or step_of(item.path.name) is None:
@@ -84,12 +84,8 @@ def candidates(view: View) -> tuple[list[Chain], list[tuple[str, str]]]:
     chains = []
     for group in sorted(trainer.chain(stocks), key=lambda group: group[-1].step):
         items = [_candidate(good[stock.path]) for stock in group if stock.path in good]
-        before = (
-            [adopted[stock.path] for stock in group if stock.path in adopted and stock.step < items[0].step]
-            if items
-            else []
-        )
         if items:
+            before = [adopted[s.path] for s in group if s.path in adopted and s.step < items[0].step]
             chains.append(Chain(items, before[-1] if before else None))
     return chains, skipped
 

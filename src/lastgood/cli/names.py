@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import click
@@ -10,8 +11,9 @@ import click
 from lastgood.cli import text
 from lastgood.cli.place import REV, adopted, pick, place, run_option
 from lastgood.errors import NoCheckpoint, UsageError
+from lastgood.model import Record
 from lastgood.repo import journal, metrics, pins
-from lastgood.view import look
+from lastgood.view import View, look
 
 
 @click.command()
@@ -19,9 +21,7 @@ from lastgood.view import look
 @run_option
 def pin(root: str | None, rev: str) -> None:
     """Hold a checkpoint: neither a policy nor `prune` deletes or strips it."""
-    path, word = place(root, rev)
-    view = look(path)
-    record = adopted(view, pick(view, word or "latest"), "pin")
+    path, _, record = _one(root, rev, "pin")
     pins.add(path, record.id, pins.PIN)
     click.echo(f"pinned {record.name}; `lastgood unpin {rev}` lets go of it", err=True)
 
@@ -31,9 +31,7 @@ def pin(root: str | None, rev: str) -> None:
 @run_option
 def unpin(root: str | None, rev: str) -> None:
     """Let go of a pinned checkpoint. Tags go on holding it."""
-    path, word = place(root, rev)
-    view = look(path)
-    record = adopted(view, pick(view, word or "latest"), "unpin")
+    path, _, record = _one(root, rev, "unpin")
     if not pins.remove(path, record.id, pins.PIN):
         raise UsageError(f"{record.name} isn't pinned", hint=_held(record.pinned))
     click.echo(f"unpinned {record.name}", err=True)
@@ -89,9 +87,7 @@ def untag(root: str | None, name: str) -> None:
 @click.option("--clear", is_flag=True, help="Remove the note.")
 def note(root: str | None, rev: str, words: tuple[str, ...], clear: bool) -> None:
     """Write a line about a checkpoint; without a text, print it."""
-    path, word = place(root, rev)
-    view = look(path)
-    record = adopted(view, pick(view, word or "latest"), "note")
+    path, view, record = _one(root, rev, "note")
     line = " ".join(words)
     if not line and not clear:
         click.echo(text.plain(view.notes.get(record.id, "")))
@@ -110,13 +106,18 @@ def record(root: str | None, rev: str, pairs: tuple[str, ...]) -> None:
 
     They count for `best` and for every policy from then on. A later value of the same name wins.
     """
-    path, word = place(root, rev)
-    view = look(path)
-    chosen = adopted(view, pick(view, word or "latest"), "record")
+    path, _, chosen = _one(root, rev, "record")
     values = dict(_pair(pair) for pair in pairs)
     metrics.record(path, chosen.id, chosen.step, values)
     journal.append(path, "recorded", step=chosen.step, id=chosen.id, metrics={k: str(v) for k, v in values.items()})
     click.echo(f"{chosen.name}: " + "  ".join(f"{k}={v:g}" for k, v in values.items()), err=True)
+
+
+def _one(root: str | None, rev: str, verb: str) -> tuple[Path, View, Record]:
+    """(run, what is in it, the checkpoint that is meant). Raises UsageError for one without a manifest."""
+    path, word = place(root, rev)
+    view = look(path)
+    return path, view, adopted(view, pick(view, word or "latest"), verb)
 
 
 def _pair(pair: str) -> tuple[str, float]:

@@ -90,6 +90,10 @@ def prune(
                 " nothing was removed",
                 hint="run it again",
             )
+        for decision in decisions:  # a Trainer syncs nothing: what stays must outlive a power cut before others go
+            if decision.action == "keep" and decision.record.ours and not decision.record.id:
+                manifest = decision.record.manifest
+                local.sync_tree(path / decision.record.name, list(manifest.files) if manifest is not None else [])
         number = None if free_now else bin.begin(path, "prune")
         gc.execute(path, todo, undoable=number)
         for record in broken:

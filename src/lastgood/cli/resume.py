@@ -15,8 +15,7 @@ from lastgood.cli.table import Style, emit, emit_json, forms
 from lastgood.errors import NoCheckpoint
 from lastgood.layouts import trainer
 from lastgood.manager import UNADOPTED
-from lastgood.model import Record
-from lastgood.pruning import TRAINERS
+from lastgood.model import TRAINERS, Record
 from lastgood.store import local
 from lastgood.view import View, look
 
@@ -77,7 +76,7 @@ def choose(view: View, start: str, *, full: bool) -> tuple[Record | None, list[t
     skipped = [(r.name, r.problem) for r in view.records if r.state == "incomplete"]
     if start not in LAST:
         candidates = _asked_for(view, start)
-    elif view.layout in ("trainer", "fsdp", "deepspeed") and not any(r.id and r.ours for r in view.records):
+    elif view.layout in TRAINERS and not any(r.id and r.ours for r in view.records):
         return _stock(view)
     else:
         own = sorted((r for r in view.records if r.ours and r.current), key=lambda r: -r.seq)

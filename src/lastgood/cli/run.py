@@ -15,10 +15,10 @@ from lastgood.cli.place import run_option
 from lastgood.cli.resume import choose, continued
 from lastgood.errors import NoCheckpoint, RunLocked, UsageError
 from lastgood.manager import UNADOPTED
-from lastgood.model import Record
-from lastgood.pruning import TRAINERS, Scope, plan
+from lastgood.model import TRAINERS, Record
+from lastgood.pruning import Scope, plan
 from lastgood.repo import gc, journal
-from lastgood.repo.adopt import Chain, adopt
+from lastgood.repo.adopt import adopt
 from lastgood.repo.layout import hidden, new_id
 from lastgood.repo.lock import RunLock
 from lastgood.store import local
@@ -156,7 +156,7 @@ def _quarantine(path: Path) -> None:
 def _set_aside(path: Path, husks: Sequence[Record]) -> None:
     if not husks:
         return
-    with _locked(path):
+    with RunLock(path):
         for record in husks:
             target = hidden(path, "quarantine", f"{record.name}.{new_id()[:8]}")
             local.make_dirs(target.parent)
@@ -179,12 +179,12 @@ def _tidier(alone: Callable[[], Path], rules: dict[str, Any]) -> Callable[[bool]
             return
         view = look(path)
         done = _finished(view, ended)
-        if not done and all(record.id for record in view.records):
+        if not done:  # the one that is being written is not looked into again and again
             return
         try:
-            with _locked(path):
-                chains, _ = candidates(view)
-                adopt(path, [Chain([i for i in c.items if i.path.name in done], c.after) for c in chains])
+            with RunLock(path):
+                chains, _ = candidates(view, done)
+                adopt(path, chains)
                 decisions = plan(look(path), rules)
                 gc.execute(path, gc.plan([d.record for d in decisions], decisions))
         except RunLocked:
@@ -198,7 +198,3 @@ def _finished(view: View, ended: bool) -> set[str]:
     complete = [r for r in view.records if _theirs(r) and r.state in ("full", "weights")]
     newest = max((r.step for r in view.records), default=-1)
     return {r.name for r in complete if ended or r.step < newest}
-
-
-def _locked(path: Path) -> RunLock:
-    return RunLock(path)

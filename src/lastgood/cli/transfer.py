@@ -15,8 +15,7 @@ from lastgood.cli.place import REV, new_place, pick, place, run_option
 from lastgood.errors import CorruptCheckpoint, NoCheckpoint, Refused, UsageError
 from lastgood.layouts import scan
 from lastgood.layouts.found import Found
-from lastgood.model import Head, Record, extend, lineage_in_force, next_seq
-from lastgood.pruning import TRAINERS
+from lastgood.model import TRAINERS, Head, Record, extend, lineage_in_force, next_seq
 from lastgood.repo import journal, metrics
 from lastgood.repo.commit import commit
 from lastgood.repo.read import identify, records

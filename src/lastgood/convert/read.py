@@ -75,24 +75,11 @@ def _trainer(path: Path, names: list[str] | None = None) -> Content:
     return content
 
 
-_ACCELERATE = {
-    "optimizer": r"optimizer(_\d+)?\.(bin|pt)|optimizer_\d+/.*",
-    "scheduler": r"scheduler(_\d+)?\.bin",
-    "rng": r"random_states_\d+\.pkl",
-    "scaler": r"scaler\.pt",
-    "sampler": r"sampler(_\d+)?\.bin",
-    "dataloader": r"dl_state_dict(_\d+)?\.bin",
-    "custom": r"custom_checkpoint_\d+\.pkl",
-}
-
-
 def _accelerate(path: Path) -> Content:
     names = sorted(files_of(path), key=lambda name: (_rank(name), name))
-    parts = {part: [n for n in names if re.fullmatch(pattern, n)] for part, pattern in _ACCELERATE.items()}
+    parts = {part: [n for n in names if pattern.fullmatch(n)] for part, pattern in accelerate_layout.PARTS}
     loaded = {
-        part: [pickles.load(path / name) for name in parts[part]]
-        for part in _ACCELERATE
-        if part not in ("optimizer", "rng")
+        part: [pickles.load(path / name) for name in parts[part]] for part in parts if part not in ("optimizer", "rng")
     }
     content = Content(schedulers=loaded["scheduler"], custom=loaded["custom"])
     content.scaler = next(iter(loaded["scaler"]), None)

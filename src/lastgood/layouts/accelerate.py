@@ -12,14 +12,16 @@ from lastgood.layouts.found import Found, files_of, is_directory, modified
 from lastgood.store import local
 
 _NAME = re.compile(r"checkpoint_(\d{1,18})")
-_PARTS = (
+PARTS = (
     ("optimizer", re.compile(r"optimizer(_\d+)?\.(bin|pt)|optimizer_\d+/.*")),
     ("scheduler", re.compile(r"scheduler(_\d+)?\.bin")),
     ("rng", re.compile(r"random_states_\d+\.pkl")),
     ("scaler", re.compile(r"scaler\.pt")),
-    ("dataloader", re.compile(r"(sampler|dl_state_dict)(_\d+)?\.bin")),
+    ("sampler", re.compile(r"sampler(_\d+)?\.bin")),
+    ("dataloader", re.compile(r"dl_state_dict(_\d+)?\.bin")),
     ("custom", re.compile(r"custom_checkpoint_\d+\.pkl")),
 )
+"""Part -> its files; everything else belongs to the model."""
 _WEIGHTS = re.compile(r"(model|pytorch_model)[^/]*\.(safetensors|bin)|pytorch_model_fsdp_\d+/.*")
 
 
@@ -29,7 +31,7 @@ def recognises(path: Path) -> bool:
         return False
     names = local.names(path)
     return "trainer_state.json" not in names and (
-        any(_PARTS[2][1].fullmatch(name) for name in names)
+        any(PARTS[2][1].fullmatch(name) for name in names)
         or (_NAME.fullmatch(path.name) is not None and any(_WEIGHTS.fullmatch(name) for name in names))
     )
 
@@ -39,7 +41,7 @@ def look(path: Path) -> Found:
     files = files_of(path)
     parts: dict[str, list[str]] = {"model": []}
     for name in files:
-        part = next((part for part, pattern in _PARTS if pattern.fullmatch(name)), "model")
+        part = next((part for part, pattern in PARTS if pattern.fullmatch(name)), "model")
         parts.setdefault(part, []).append(name)
     faults = [f"{name} is empty" for name, size in files.items() if size == 0]
     if not any(_WEIGHTS.fullmatch(name) for name in files):

@@ -10,9 +10,6 @@ from pathlib import Path
 
 from lastgood.store import local
 
-RESUMABLE = ("optimizer", "scheduler", "rng", "progress")
-"""Parts that a resume needs besides the model; which of them a tool stores at all differs."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:

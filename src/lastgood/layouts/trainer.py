@@ -97,18 +97,11 @@ def row_values(rows: Sequence[Any], step: object) -> tuple[dict[str, float], flo
     for row in rows:
         if not isinstance(row, dict) or not isinstance(row.get("step"), int) or not isinstance(step, int):
             continue
-        if row["step"] <= step and _finite(row.get("loss")) is not None:
-            loss = _finite(row["loss"])
+        if row["step"] <= step and finite(row.get("loss")) is not None:
+            loss = finite(row["loss"])
         if row["step"] == step:
-            metrics |= {k: n for k, v in row.items() if k.startswith("eval_") and (n := _finite(v)) is not None}
+            metrics |= {k: n for k, v in row.items() if k.startswith("eval_") and (n := finite(v)) is not None}
     return metrics, loss
-
-
-def _finite(value: Any) -> float | None:
-    try:
-        return finite(value)
-    except OverflowError:  # a whole number with hundreds of digits
-        return None
 
 
 def arguments(path: Path) -> dict[str, object]:

@@ -84,6 +84,8 @@ def _adopt(root: Path, run: str, item: Candidate, place: _Place, progress: Calla
     manifest = _manifest(run, item, place, progress)
     if item.metrics:
         metrics.record(root, manifest.id, item.step, item.metrics)
+    # A Trainer syncs nothing, and what has a manifest may let older ones go: it must outlive a power cut.
+    local.sync_tree(item.path, item.files)
     local.replace(item.path / codec.NAME, codec.encode(manifest))
     journal.append(root, "adopted", step=item.step, id=manifest.id, bytes=manifest.size)
     return manifest

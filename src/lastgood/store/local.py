@@ -129,6 +129,14 @@ def sync_dir(path: Path) -> None:
         os.close(handle)
 
 
+def sync_tree(directory: Path, files: Sequence[str]) -> None:
+    """Make files (relative names) in a directory, their names and the directory's own name durable."""
+    sync_files([directory / name for name in files])
+    folders = {(directory / name).parent for name in files} | {directory, directory.parent}
+    for folder in sorted(folders, key=lambda path: -len(path.parts)):
+        sync_dir(folder)
+
+
 def make_dirs(path: Path) -> None:
     """The directory and its parents; new names are durable in their parents."""
     missing = []
