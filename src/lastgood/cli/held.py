@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
+import signal
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,8 +27,32 @@ def confirm(question: str, yes: bool) -> None:
         return
     if not sys.stdin.isatty() or os.environ.get("LASTGOOD_NO_INPUT"):
         raise Refused("nothing was done: there is nobody to ask", hint="--yes says that the plan is meant")
-    if not click.confirm(question, err=True):
-        raise Refused("nothing was done")
+    while True:
+        click.echo(f"{question} [y/N]: ", nl=False, err=True)
+        _until_typed()
+        answer = sys.stdin.readline().strip().lower()
+        if answer in ("y", "yes"):
+            return
+        if answer in ("", "n", "no"):
+            raise Refused("nothing was done")
+        click.echo("Error: answer y or n", err=True)
+
+
+def _until_typed() -> None:
+    """Wait for a line on the terminal, so that a ^C counts from the moment that the question is shown.
+
+    input() looks for signals and then blocks in read(): one that arrives in between is lost until the next key.
+    """
+    if os.name != "posix":  # there select() knows sockets only
+        return
+    heard, told = socket.socketpair()
+    with heard, told:
+        told.setblocking(False)
+        before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+        try:
+            select.select([sys.stdin, heard], [], [])
+        finally:
+            signal.set_wakeup_fd(before)
 
 
 @contextlib.contextmanager

@@ -83,7 +83,8 @@ def prune(
         show_plan(view, decisions, todo, style, free_now=free_now, dry_run=dry_run, husks=broken)
         if dry_run or not (todo.items or broken):
             return
-        confirm(f"remove {len(todo.items) + len(broken)} things?", yes)
+        count = len(todo.items) + len(broken)
+        confirm("remove one thing?" if count == 1 else f"remove {count} things?", yes)
         if names := changed(seen):  # pins, tags and metrics need no lock
             raise Refused(
                 f"{', '.join(map(text.plain, names[:5]))}: pins, tags or metrics were changed since the plan was made;"
