@@ -1,0 +1,1 @@
+"""What is wrong with a run, its settings or its log, what it means, and how to mend it."""
