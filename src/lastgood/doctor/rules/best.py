@@ -232,7 +232,7 @@ RULES: tuple[Rule, ...] = (
         code="CKB003",
         title="Only the best is to be saved, but nothing says by which metric",
         severity="error",
-        message=r".metric_for_best_model. must be provided when using 'best'",
+        message=r"metric_for_best_model. must be provided when using 'best'",
         arguments=_unnamed,
         means="the Trainer refuses to start",
         cause="save_strategy='best' saves when a metric gets better, and has no default for which.",
