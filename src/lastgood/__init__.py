@@ -9,6 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lastgood.doctor.diagnose import diagnose as diagnose
+    from lastgood.doctor.finding import Finding as Finding
     from lastgood.errors import (
         Conflict as Conflict,
     )
@@ -58,6 +60,7 @@ _HOMES = {
     "CorruptCheckpoint": "lastgood.errors",
     "Incompatible": "lastgood.errors",
     "IncompleteRestore": "lastgood.errors",
+    "Finding": "lastgood.doctor.finding",
     "Keep": "lastgood.policy",
     "LastgoodError": "lastgood.errors",
     "ManagedTrainer": "lastgood.integrations.transformers.trainer",
@@ -69,6 +72,7 @@ _HOMES = {
     "RunLocked": "lastgood.errors",
     "SaveFailed": "lastgood.errors",
     "UsageError": "lastgood.errors",
+    "diagnose": "lastgood.doctor.diagnose",
     "manage": "lastgood.integrations.transformers.manage",
     "open": "lastgood.run",
 }

@@ -35,6 +35,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Trust": {
         "verify": ("verify", "Check that checkpoints are what was saved"),
+        "doctor": ("doctor", "What is wrong, what it means, how to fix it"),
         "resume": ("resume", "Which checkpoint a run would resume from, and why"),
         "run": ("run", "Run a training command, and relaunch it after crashes"),
     },
