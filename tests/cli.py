@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from click.testing import CliRunner
 
@@ -24,7 +24,15 @@ from lastgood.repo.read import records
 from lastgood.repo.staging import Staging
 
 SRC = Path(__file__).resolve().parents[1] / "src"
-Output = tuple[int, str, str]
+
+
+class Output(NamedTuple):
+    """The exit code, and both streams."""
+
+    code: int
+    out: str
+    err: str
+
 
 STOCK = ("trainer_full", "trainer_peft", "trainer_sharded", "trainer_bin", "fsdp_trainer", "fsdp_trainer_full")
 OTHERS = ("deepspeed_layout", "accelerate_run", "lightning_run", "dcp_run")
@@ -56,7 +64,7 @@ def run(
         timeout=timeout,
         check=False,
     )
-    return done.returncode, _decoded(done.stdout), _decoded(done.stderr)
+    return Output(done.returncode, _decoded(done.stdout), _decoded(done.stderr))
 
 
 def call(*args: Any, cwd: Path | str | None = None, env: Mapping[str, str] | None = None, input: str = "") -> Output:
@@ -74,7 +82,7 @@ def call(*args: Any, cwd: Path | str | None = None, env: Mapping[str, str] | Non
                 code = leave.code
             sys.stdout.flush()
             sys.stderr.flush()
-            found = int(code or 0), _decoded(out.getvalue()), _decoded(err.getvalue())
+            found = Output(int(code or 0), _decoded(out.getvalue()), _decoded(err.getvalue()))
     finally:
         gc.enable()  # which main turns off for its short life
         os.chdir(here)

@@ -166,8 +166,11 @@ def _looked(disk: Disk | None, log: bool, arguments: bool) -> str:
 
 
 def _report(disk: Disk | None, found: Sequence[Finding], looked_at: str) -> list[str]:
+    good = ""
+    if disk is not None:
+        good = f"; a resume would take {disk.good.name}" if disk.good else "; there is nothing to resume from"
     if not found:
-        return [f"{click.style('healthy', fg='green')}: nothing found in {looked_at}"]
+        return [f"{click.style('healthy', fg='green')}: nothing found in {looked_at}{good}"]
     out: list[str] = []
     shown: dict[str, int] = {}
     for finding in found:

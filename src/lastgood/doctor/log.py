@@ -9,6 +9,8 @@ import msgspec
 
 LIMIT = 8 << 20
 """Bytes of a log that are looked at: its end, where the trouble is."""
+LINE = 20_000
+"""Characters of a line that are looked at: what a pattern takes for a line may grow with its square."""
 
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
 _PREFIX = re.compile(
@@ -73,7 +75,7 @@ def read(text: str | bytes) -> Log:
 
 def _plain(line: str) -> str:
     """Without colours, with what a progress bar left visible, and without the launcher's prefix."""
-    return _PREFIX.sub("", _ESCAPE.sub("", line).rstrip("\r").rpartition("\r")[2])
+    return _PREFIX.sub("", _ESCAPE.sub("", line[-LINE:]).rstrip("\r").rpartition("\r")[2])
 
 
 def _chains(lines: Sequence[str]) -> list[Raised]:
