@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Callable
@@ -15,6 +16,15 @@ import realruns
 # A shell that starts the tests in the background makes them ignore Ctrl-C, and every command that they start too.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: without this each tiny training spends most of its time looking for garbage in torch.
+
+    accelerate collects garbage whenever it prepares or frees something, and so does a Trainer at its end.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
