@@ -133,7 +133,7 @@ def _no_recovery(case: Case) -> Iterator[Sight]:
             means="once the metric stops improving nothing is saved any more: a crash costs all steps since",
             fix=('save_strategy="steps": the best is found and kept all the same',),
         )
-    elif s.save_strategy == "epoch" and s.max_steps <= 0 and s.num_train_epochs <= 1:
+    elif length is None and s.save_strategy == "epoch" and s.num_train_epochs <= 1:
         yield _only_at_the_end(f'save_strategy="epoch" with num_train_epochs={s.num_train_epochs:g}', length)
     elif length is not None and (s.save_strategy != "epoch" or s.steps_per_epoch is not None):
         # Nobody can tell where the epochs of a stream end, so nothing is said about them.

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, TypeVar
 
 from transformers import Trainer
 
 from lastgood.errors import NotSupported, UsageError, wrong_type
-from lastgood.integrations.transformers.options import Options, retention
+from lastgood.integrations.transformers.options import Options
+from lastgood.integrations.transformers.preflight import examine
 from lastgood.integrations.transformers.session import Session
 from lastgood.integrations.transformers.trainer import ManagedTrainer
 from lastgood.policy import Keep
-from lastgood.repo.read import records
-from lastgood.talk import warn
-from lastgood.traps import Finding, Settings, findings
 
 T = TypeVar("T", bound=Trainer)
 
@@ -71,62 +68,3 @@ def supported(trainer: Trainer) -> None:
             "enable_jit_checkpoint and lastgood would both save on SIGTERM",
             hint="remove enable_jit_checkpoint: a managed run saves on SIGTERM at the next step, exit status 75",
         )
-
-
-def examine(trainer: Trainer, options: Options) -> tuple[Finding, ...]:
-    """Look for settings that lose or misjudge checkpoints: errors raise UsageError, warnings are said."""
-    args = trainer.args
-    keep = None
-    if options.keep is not None:
-        keep = retention(options, args)
-    found = findings(
-        Settings(
-            save_strategy=str(getattr(args.save_strategy, "value", args.save_strategy)),
-            save_steps=args.save_steps,
-            eval_strategy=str(getattr(args.eval_strategy, "value", args.eval_strategy)),
-            max_steps=args.max_steps,
-            num_train_epochs=args.num_train_epochs,
-            steps_per_epoch=_steps_per_epoch(trainer),
-            save_total_limit=args.save_total_limit,
-            keep=keep,
-            metric_for_best_model=args.metric_for_best_model,
-            greater_is_better=args.greater_is_better,
-            load_best_model_at_end=args.load_best_model_at_end,
-            save_only_model=args.save_only_model,
-            persistent_workers=args.dataloader_persistent_workers,
-            num_workers=args.dataloader_num_workers,
-            ignore_data_skip=args.ignore_data_skip,
-            foreign=tuple(r.name for r in records(Path(args.output_dir)) if r.state == "foreign")
-            if args.output_dir
-            else (),
-            eval_metric_names=_eval_metric_names(trainer),
-        )
-    )
-    for finding in found:
-        text = f"{finding.code}: {finding.saw}. {finding.means}"
-        if finding.severity == "error":
-            raise UsageError(text, hint=finding.fix, code=finding.code)
-        if finding.severity == "warning":
-            warn(f"{text}\n  fix: {finding.fix}")
-    return found
-
-
-def _eval_metric_names(trainer: Trainer) -> tuple[str, ...] | None:
-    """What an evaluation of a plain Trainer yields; None where a subclass or compute_metrics may add to it."""
-    data = trainer.eval_dataset
-    plain = all(
-        getattr(type(trainer), name) is getattr(Trainer, name) for name in ("evaluate", "evaluation_loop", "log")
-    )
-    if data is None or trainer.compute_metrics is not None or not plain or trainer.args.eval_strategy == "no":
-        return None
-    prefixes = [f"eval_{name}_" for name in data] if isinstance(data, dict) else ["eval_"]
-    return tuple(f"{prefix}{name}" for prefix in prefixes for name in ("loss", "runtime", "samples_per_second"))
-
-
-def _steps_per_epoch(trainer: Trainer) -> int | None:
-    try:
-        samples = len(trainer.train_dataset)
-    except TypeError:
-        return None
-    per_step = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
-    return max(1, -(-samples // per_step))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lastgood.doctor.diagnose import preflight
+from lastgood.doctor.settings import Settings
 from lastgood.policy import Keep
 from lastgood.schedule import save_points
-from lastgood.traps import Settings, findings
 
 HEALTHY: dict[str, Any] = {
     "save_strategy": "steps",
@@ -47,7 +47,7 @@ def settings(**changes: Any) -> Settings:
     ],
 )
 def test_healthy_settings_yield_nothing(changes: dict[str, Any]) -> None:
-    assert findings(settings(**changes)) == ()
+    assert preflight(settings(**changes)) == ()
 
 
 @pytest.mark.parametrize(
@@ -86,15 +86,15 @@ def test_healthy_settings_yield_nothing(changes: dict[str, Any]) -> None:
 def test_each_trap_is_found_alone_and_fully_explained(
     changes: dict[str, Any], code: str, severity: str, words: tuple[str, ...]
 ) -> None:
-    (found,) = findings(settings(**changes))
+    (found,) = preflight(settings(**changes))
     assert (found.code, found.severity) == (code, severity)
-    text = "\n".join(str(getattr(found, field.name)) for field in fields(found))
+    text = "\n".join(str(getattr(found, name)) for name in found.__struct_fields__)
     assert [word for word in words if word not in text] == []
     assert found.saw and found.means and found.fix
 
 
 def test_errors_come_before_warnings() -> None:
-    found = findings(settings(ignore_data_skip=True, save_only_model=True, metric_for_best_model="eval_nll"))
+    found = preflight(settings(ignore_data_skip=True, save_only_model=True, metric_for_best_model="eval_nll"))
     assert [finding.severity for finding in found] == ["error", "warning", "warning"]
 
 
@@ -107,7 +107,7 @@ def test_errors_come_before_warnings() -> None:
 def test_a_run_without_a_recovery_point_is_always_said(
     strategy: str, save_steps: float, max_steps: int, steps_per_epoch: int
 ) -> None:
-    found = findings(
+    found = preflight(
         settings(save_strategy=strategy, save_steps=save_steps, max_steps=max_steps, steps_per_epoch=steps_per_epoch)
     )
     points = save_points(strategy, save_steps, max_steps=max_steps, steps_per_epoch=steps_per_epoch)
