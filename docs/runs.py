@@ -1,6 +1,7 @@
 """The runs that the pages' terminal sessions are about: real fine-tunes of a tiny GPT-2, on the CPU, in seconds.
 
-    python docs/runs.py PLACE     makes PLACE/out, PLACE/stock, PLACE/lora, PLACE/base and PLACE/train.py
+    python docs/runs.py PLACE     makes PLACE/out, PLACE/stock, PLACE/lora, PLACE/base, PLACE/train.py,
+    PLACE/resume.py and PLACE/args.yaml
 
 out    managed: killed in the save of step 350, resumed, killed again, resumed from step 300 as a branch
 stock  without lastgood: killed in the save of step 250
@@ -44,6 +45,22 @@ trainer.remove_callback(PrinterCallback)
 trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
 print("done at step", trainer.state.global_step)
 '''
+
+RESUME = '''"""The next start of the script that was killed in a save, without lastgood."""
+
+from runs import trainer_for
+
+trainer_for("stock", until=300).train(resume_from_checkpoint=True)
+'''
+ARGUMENTS = """\
+output_dir: out
+max_steps: 1000
+save_steps: 300
+eval_strategy: steps
+eval_steps: 200
+load_best_model_at_end: true
+metric_for_best_model: wer
+"""
 
 
 def rows() -> list[dict[str, list[int]]]:
@@ -161,7 +178,8 @@ def prepare(place: Path) -> None:
         assert found.returncode == expected, (
             f"{phase}: {found.returncode}\n{found.stdout[-3000:]}{found.stderr[-3000:]}"
         )
-    (place / "train.py").write_text(SCRIPT)
+    for name, text in (("train.py", SCRIPT), ("resume.py", RESUME), ("args.yaml", ARGUMENTS)):
+        (place / name).write_text(text)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ that fails leaves every earlier checkpoint as it was.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from lastgood.policy import Keep
 from lastgood.repo import bin, gc, journal, layout, metrics, verify
 from lastgood.repo.commit import commit
 from lastgood.repo.lock import RunLock
+from lastgood.repo.quarantine import quarantine
 from lastgood.repo.read import records
 from lastgood.repo.run import read_head, read_run, start_run, write_head, write_policy
 from lastgood.repo.staging import Staging, failure, open_staging
@@ -283,14 +283,9 @@ class Manager:
         """Move checkpoints of this run that failed verification out of the way; their bytes are kept for a look."""
         run = read_run(self.root)
         for name in names:
-            path = self.root / name
-            if run is None or not _carries(path, run):
+            if run is None or not _carries(self.root / name, run):
                 continue
-            target = self.root / layout.HIDDEN / "quarantine" / f"{name}.{layout.new_id()[:8]}"
-            local.make_dirs(target.parent)
-            local.rename(path, target)
-            journal.append(self.root, "quarantined", name=name, to=os.fspath(target.relative_to(self.root)))
-            say(f"{name} is damaged; moved to {target.relative_to(self.root)}")
+            say(f"{name} is damaged; moved to {quarantine(self.root, name)}")
 
 
 def _carries(path: Path, run: str) -> bool:

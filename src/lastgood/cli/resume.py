@@ -8,19 +8,16 @@ from typing import Any
 
 import click
 
-from lastgood import policy
 from lastgood.cli import text
-from lastgood.cli.place import pick, run_at, run_option
+from lastgood.cli.place import run_at, run_option
 from lastgood.cli.table import Style, emit, emit_json, forms
 from lastgood.errors import NoCheckpoint
-from lastgood.layouts import trainer
-from lastgood.manager import UNADOPTED
-from lastgood.model import TRAINERS, Record
+from lastgood.model import Record
+from lastgood.resumption import choose
 from lastgood.store import local
 from lastgood.view import View, look
 
 SCHEMA = "lastgood.resume/1"
-LAST = ("last", "latest", "auto")
 
 
 @click.command()
@@ -69,64 +66,6 @@ def resume(root: str | None, run: str | None, style: Style, start: str, check: b
     if redo and start == "last":
         out.append(f"  at least {max(redo) - chosen.step} steps have to be redone")
     emit(out)
-
-
-def choose(view: View, start: str, *, full: bool) -> tuple[Record | None, list[tuple[str, str]]]:
-    """(the checkpoint that a resume would take, (name, reason) of those passed over): what the live resume does."""
-    skipped = [(r.name, r.problem) for r in view.records if r.state == "incomplete"]
-    if start not in LAST:
-        candidates = _asked_for(view, start)
-    elif view.layout in TRAINERS and not any(r.id and r.ours for r in view.records):
-        return _stock(view)
-    else:
-        own = sorted((r for r in view.records if r.ours and r.current), key=lambda r: -r.seq)
-        skipped += [(r.name, "only its weights were kept") for r in own if r.state == "weights"]
-        candidates = [r for r in own if r.state == "full"]
-    for record in candidates:
-        faults = ("only its weights were kept",) if record.state == "weights" else view.problems(record, full=full)
-        if not faults:
-            newer = {r.name: r.step for r in view.records}
-            skipped += [(r.name, UNADOPTED) for r in newer_stock(view, record)] if start in LAST else []
-            return record, [s for s in skipped if newer.get(s[0], 0) >= record.step]
-        skipped.append((record.name, "; ".join(faults[:3])))
-    return None, skipped
-
-
-def newer_stock(view: View, record: Record) -> list[Record]:
-    """Complete checkpoints that a Trainer wrote without lastgood, further than `record`; the newest last."""
-    stock = [r for r in view.records if not r.id and r.ours and r.layout in TRAINERS and r.step > record.step]
-    return sorted(stock, key=lambda r: r.step)
-
-
-def continued(view: View, record: Record) -> Record:
-    """The newest intact checkpoint with which a stock Trainer went on from an adopted one: else that one."""
-    if record.layout not in TRAINERS:
-        return record
-    before = trainer.history(view.path(record))
-    for later in reversed(newer_stock(view, record)):
-        path = view.path(later)
-        item = trainer.inspect(path)
-        if not item.problems and not trainer.lacking(path) and item.history[: len(before)] == before:
-            return later
-    return record
-
-
-def _asked_for(view: View, start: str) -> list[Record]:
-    if start == "best" and view.monitor is not None and view.mode is not None:
-        return list(policy.ranking(view.records, view.monitor, view.mode))
-    return [pick(view, start)]
-
-
-def _stock(view: View) -> tuple[Record | None, list[tuple[str, str]]]:
-    names = {record.name: record for record in view.records}
-    stocks = [trainer.inspect(view.root / name) for name in view.found if names[name].layout in TRAINERS]
-    try:
-        newest, skipped = trainer.choose(view.root, stocks)
-    except NoCheckpoint as error:
-        if "which one" in error.message:
-            raise
-        return None, [(s.path.name, "; ".join(s.problems) or trainer.lacking(s.path)) for s in stocks]
-    return names[newest.path.name], [s for s in skipped if names[s[0]].step > newest.step]
 
 
 def _none(view: View, start: str, skipped: list[tuple[str, str]]) -> NoCheckpoint:

@@ -9,19 +9,18 @@ from typing import Any
 
 import click
 
+from lastgood.adoption import candidates
 from lastgood.cli import text
-from lastgood.cli.adopt import candidates
 from lastgood.cli.place import run_option
-from lastgood.cli.resume import choose, continued
 from lastgood.errors import NoCheckpoint, RunLocked, UsageError
 from lastgood.manager import UNADOPTED
 from lastgood.model import TRAINERS, Record
 from lastgood.pruning import Scope, plan
-from lastgood.repo import gc, journal
+from lastgood.repo import gc
 from lastgood.repo.adopt import adopt
-from lastgood.repo.layout import hidden, new_id
 from lastgood.repo.lock import RunLock
-from lastgood.store import local
+from lastgood.repo.quarantine import quarantine
+from lastgood.resumption import choose, continued
 from lastgood.supervise import Limits, supervise
 from lastgood.talk import say
 from lastgood.view import View, look
@@ -158,12 +157,9 @@ def _set_aside(path: Path, husks: Sequence[Record]) -> None:
         return
     with RunLock(path):
         for record in husks:
-            target = hidden(path, "quarantine", f"{record.name}.{new_id()[:8]}")
-            local.make_dirs(target.parent)
-            local.rename(path / record.name, target)
-            journal.append(path, "quarantined", name=record.name, to=target.relative_to(path).as_posix())
+            place = quarantine(path, record.name)
             why = f"was half-written ({record.problem})" if record.problem else "is damaged"
-            say(f"{record.name} {why}; moved to {target.relative_to(path)}")
+            say(f"{record.name} {why}; moved to {place}")
 
 
 def _theirs(record: Record) -> bool:

@@ -15,6 +15,7 @@ from lastgood.format.tensors import Slot, read_header
 from lastgood.layouts.found import files_of
 from lastgood.model import Record
 from lastgood.repo.layout import HIDDEN
+from lastgood.resumption import choose
 from lastgood.store import local
 from lastgood.view import View, look
 
@@ -64,8 +65,6 @@ class Disk:
     @cached_property
     def good(self) -> Record | None:
         """The checkpoint that a resume would take, by sizes and headers; None if there is none."""
-        from lastgood.cli.resume import choose
-
         try:
             return choose(self.view, "last", full=False)[0]
         except LastgoodError:  # two runs share the directory: nobody guesses

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import msgspec
 
+from lastgood.adoption import candidates
 from lastgood.doctor.disk import Disk
 from lastgood.doctor.finding import Finding, Repair
 from lastgood.pruning import in_flux
+from lastgood.repo.adopt import adopt
 from lastgood.repo.layout import HIDDEN, hidden, new_id
 from lastgood.repo.lock import RunLock
 from lastgood.repo.quarantine import quarantine
 from lastgood.store import local
+from lastgood.view import look
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,10 +102,6 @@ def _relink(root: Path, repair: Repair) -> str:
 
 
 def _adopt(root: Path) -> str:
-    from lastgood.cli.adopt import candidates
-    from lastgood.repo.adopt import adopt
-    from lastgood.view import look
-
     chains, skipped = candidates(look(root))
     made = adopt(root, chains)
     return f"adopted {len(made)} checkpoints" + (f", {len(skipped)} left as they are" if skipped else "")
