@@ -263,9 +263,10 @@ def _wanted(mine: Sequence[Record], ranked: Sequence[Record], keep: Keep) -> dic
         want(record, f"last {place}/{keep.last}")
     for place, record in enumerate(ranked[: keep.best or 0], 1):
         want(record, f"best {place}/{keep.best} by {keep.monitor}")
-    for record in mine if keep.every is not None else ():
-        if record.step % keep.every == 0:
-            want(record, f"every {keep.every} steps")
+    if keep.every is not None:
+        for record in mine:
+            if record.step % keep.every == 0:
+                want(record, f"every {keep.every} steps")
     if keep.within is not None:
         newest = max((record.manifest.created for record in mine if record.manifest is not None), default=0.0)
         for record in mine:
