@@ -185,10 +185,10 @@ def stock_resumes_from(
 ) -> tuple[int | None, str]:
     """The step that resume_from_checkpoint=True goes on from, None if it fails, and why, in words.
 
-    cut: the step whose save a crash interrupted. trainer_state.json is written last, so whatever was cut off, the
-    resume stops with an error: the weights or that file are missing or end in the middle.
+    cut: the step whose save a crash interrupted, whether `kept` names it or not. trainer_state.json is written last,
+    so whatever was cut off, the resume stops with an error: the weights or that file are missing or end in the middle.
     """
-    if cut is not None and cut > max(kept, default=0):
+    if cut is not None and cut >= max(kept, default=0):
         others = [step for step in kept if step != cut]
         then = f"checkpoint-{max(others)} is taken" if others else "there is none to resume from"
         return None, (
@@ -238,11 +238,10 @@ class _Run:
         if limit is None:
             return ()
         spared = {during[-1], during[-1] if self.best is None else self.best}
-        may_stay = max(limit, len(spared))
         removed: list[tuple[int, str]] = []
         for step in during:
             there = len(during) - len(removed)
-            if there <= may_stay:
+            if there <= limit:
                 break
             if step not in spared:
                 removed.append((step, _why_gone(step, during, spared, there, limit)))
