@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     )
     from lastgood.integrations.transformers.manage import manage as manage
     from lastgood.integrations.transformers.trainer import ManagedTrainer as ManagedTrainer
+    from lastgood.plan.plan import plan as plan
     from lastgood.policy import Keep as Keep
     from lastgood.run import Run as Run
     from lastgood.run import open as open
@@ -71,6 +72,7 @@ _HOMES = {
     "UsageError": "lastgood.errors",
     "manage": "lastgood.integrations.transformers.manage",
     "open": "lastgood.run",
+    "plan": "lastgood.plan.plan",
 }
 
 __all__ = list(_HOMES)
