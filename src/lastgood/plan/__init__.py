@@ -1,0 +1,1 @@
+"""What a run will write, keep and lose, told before it starts."""
