@@ -62,6 +62,7 @@ def _like(*keys: str, step: bool = False) -> Callable[[Tensor, str], tuple[Slot,
 
 
 def _adafactor(tensor: Tensor, dtype: str) -> tuple[Slot, ...]:
+    dtype = dtype if SIZES[dtype] > 4 else "F32"  # it makes fp32 of half-precision gradients first
     if len(tensor.shape) < 2:
         return (Slot("exp_avg_sq", dtype, tensor.shape), Slot("RMS", "F32", ()))
     row = Slot("exp_avg_sq_row", dtype, tensor.shape[:-1])

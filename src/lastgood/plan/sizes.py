@@ -186,9 +186,11 @@ def _trainer_state(states: States) -> int:
 def _lastgood_state(states: States) -> int:
     """optimizer.safetensors, and what resume.json says about it: by name, tables as often as they are used."""
     entries = [Entry(f"state.{one.live}.{slot.key}", slot.dtype, slot.shape) for one, slots in states for slot in slots]
-    text = 800 + sum(
-        2 * len(one.live) + 35 + sum(len(one.live) + 2 * len(slot.key) + 30 for slot in slots) for one, slots in states
-    )
+    text = 800
+    for one, slots in states:
+        text += len(one.live) + 4  # in its group, and then with its state
+        text += len(one.live) + 31 if slots else 0
+        text += sum(len(one.live) + 2 * len(slot.key) + 30 for slot in slots)
     return safetensors_size(entries) + text
 
 
