@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from runs import environment, prepare
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [*(ROOT / "docs" / f"{name}.md" for name in ("disk-full", "deploy", "crashed")), ROOT / "README.md"]
+PAGES = [*(ROOT / "docs" / f"{name}.md" for name in ("disk-full", "deploy", "crashed", "planning")), ROOT / "README.md"]
 BLOCK = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

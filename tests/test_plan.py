@@ -285,17 +285,17 @@ def test_the_whole_command_answers_it_on_one_screen_within_a_second() -> None:
 def test_a_disk_that_is_too_small_is_a_finding() -> None:
     base = ["--model", "13B", "--max-steps", 1000, "--save-steps", 100, "--eval-steps", 100]
     asked = [*base, "--keep-last", 3, "--keep-best", 3, "--price", 0.02]
-    done = invoke(*asked, "--disk", "600GiB", "--json")
+    done = invoke(*asked, "--disk", "250GiB", "--json")
     found = json.loads(done.stdout)
     assert done.exit_code == 1 and found["fits"] is False and found["suggestions"]
     for suggestion in found["suggestions"]:
         rules = [(f"--keep-{name}", suggestion["keep"][name]) for name in ("last", "best", "full")]
         words = [word for rule in rules if rule[1] for word in rule]
-        again = invoke(*base, *words, "--disk", "600GiB", "--json")
+        again = invoke(*base, *words, "--disk", "250GiB", "--json")
         assert again.exit_code == 0 and json.loads(again.stdout)["fits"] is True
         assert json.loads(again.stdout)["outcomes"][0]["peak"] == suggestion["peak"]
-    assert invoke(*base, *words, "--disk", "600GiB", "--used", "550GiB").exit_code == 1
-    text = invoke(*asked, "--disk", "600GiB").stdout
+    assert invoke(*base, *words, "--disk", "250GiB", "--used", "240GiB").exit_code == 1
+    text = invoke(*asked, "--disk", "250GiB").stdout
     assert text.startswith("doesn't fit: the disk is full at step") and "policies that fit:" in text
     assert "no policy fits" in invoke(*asked, "--disk", "1GiB").stdout
 
@@ -442,7 +442,7 @@ def test_a_runs_own_policy_would_change_nothing(run: Path) -> None:
 
 
 def test_another_policy_says_what_would_be_different(run: Path) -> None:
-    done = invoke(run / "whole", "--keep-last", 1, "--json")
+    done = invoke(run / "whole", "--keep-last", 1, "--keep-full", 1, "--json")
     found = json.loads(done.stdout)
     assert found["schema"] == "lastgood.replay/1" and found["bytes_then"] < found["bytes_now"]
     assert 1 <= sum(row["then"] != "deleted" for row in found["rows"]) <= 2
@@ -464,7 +464,7 @@ def test_a_run_that_went_back_is_replayed_with_its_branch(tmp_path: Path) -> Non
     same = replay(view, keep)
     assert not [row for row in same.rows if row.changed] and len(same.rows) == 6
     fewer = replay(view, Keep(last=1, monitor="eval_loss"))
-    assert any("went back to step 4" in note or "no checkpoint of step 4" in note for note in fewer.notes)
+    assert "went back to step 4" in fewer.notes[0]
 
 
 def test_a_stock_run_is_replayed_from_what_is_there_and_its_log(tmp_path: Path) -> None:

@@ -64,13 +64,16 @@ def _about(plan: Plan, style: Style) -> list[str]:
     training, sizes = plan.training, plan.sizes
     kind = f"{training.train}, {training.optim}, {training.dtype}"
     kind += f" with {training.master} master weights" if training.master else ""
-    trained = f", {sizes.trainable:,} trained" if sizes.trainable != sizes.params else ""
     known = sorted(sizes.parts.items(), key=lambda item: -item[1])
     large = [f"{name} {style.size(count)}" for name, count in known if count * 1000 > sizes.full]
+    ranks = training.world_size
+    each = f"; a rank of {ranks} writes up to {style.size(sizes.per_rank)}" if ranks > 1 else ""
+    alone = f"its weights alone {style.size(sizes.weights)}{each}"
     return [
-        f"{text.plain(plan.model)}, {sizes.params:,} parameters{trained}; {kind}; from {text.plain(plan.source)}",
+        f"{text.plain(plan.model)}, from {text.plain(plan.source)}; {kind}",
         "; ".join([plan.lastgood.policy, *(f"Trainer: {o.policy}" for o in plan.outcomes[1:2])]),
-        f"a checkpoint has {style.size(sizes.full)}: {', '.join(large)}; its weights alone {style.size(sizes.weights)}",
+        text.plain("; ".join(sizes.notes)),
+        f"a checkpoint has {style.size(sizes.full)}: {', '.join(large)}; {alone}",
     ]
 
 

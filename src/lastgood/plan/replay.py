@@ -115,9 +115,13 @@ def _simulated(events: list[Event], keep: Keep) -> tuple[tuple[Moment, ...], tup
             notes.append(f"the run went back to step {event.step}; under this policy it could only go to {nearest}")
             events = [*events[:failed], Resume(nearest), *events[failed + 1 :]]
         else:
-            what = "go back to" if isinstance(event, Resume) else "pin"
             step = getattr(event, "step", 0)
-            notes.append(f"under this policy there is no checkpoint of step {step} to {what}")
+            if isinstance(event, Resume):
+                notes.append(
+                    f"the run went back to step {step}, which this policy doesn't leave: replayed as if it went on"
+                )
+            else:
+                notes.append(f"step {step} is pinned, and can't be under this policy")
             events = [*events[:failed], *events[failed + 1 :]]
 
 
