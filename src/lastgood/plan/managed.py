@@ -85,7 +85,7 @@ def crash(history: Sequence[Event], keep: Keep, machine: Machine, step: int, *, 
     best = policy.best(records, monitor, mode) if monitor is not None and mode is not None else None
     lost = step if newest is None else step - newest.step
     if newest is None:
-        why = "no checkpoint is complete: the run starts afresh"
+        why = "no checkpoint is complete"
     elif in_save:
         why = f"the newest full one; checkpoint-{step} was never committed and is passed over"
     else:
@@ -102,7 +102,7 @@ def _why_best(best: Record | None, keep: Keep) -> str:
     if keep.monitor is None:
         return "no metric says which is the best"
     if best is None:
-        return f"none has a {keep.monitor} yet"
+        return f"no {keep.monitor} was recorded for what is there"
     word = "lowest" if keep.mode == "min" else "highest"
     return f"{word} {keep.monitor} of all that were saved: {metric_of(best, keep.monitor):.6g}"
 

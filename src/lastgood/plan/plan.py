@@ -99,7 +99,7 @@ def _stock(wanted: Asked, shapes: Model) -> tuple[tuple[Outcome, ...], tuple[str
 def _interval(schedule: Schedule, outcome: Outcome) -> float:
     """Steps between saves."""
     if schedule.save_strategy == "steps":
-        return absolute_steps(schedule.save_steps, schedule.max_steps)
+        return min(absolute_steps(schedule.save_steps, schedule.max_steps), schedule.max_steps)
     if schedule.save_strategy == "epoch" and schedule.steps_per_epoch:
         return schedule.steps_per_epoch
     return schedule.max_steps / max(1, len(outcome.lives))
