@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from runs import environment, prepare
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [*(ROOT / "docs" / f"{name}.md" for name in ("disk-full", "deploy", "crashed", "doctor")), ROOT / "README.md"]
+NAMES = ("disk-full", "deploy", "crashed", "doctor", "planning")
+PAGES = [*(ROOT / "docs" / f"{name}.md" for name in NAMES), ROOT / "README.md"]
 BLOCK = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

@@ -103,6 +103,9 @@ def test_every_field_is_documented_and_every_documented_field_exists(tmp_path: P
         *(f"-C {managed} {verb}" for verb in ("show 4", "diff 2 4", "diff 2 4 --values", "prune --keep-last 1 --yes")),
         *(f"-C {stock} {verb}" for verb in ("show 4", "diff 2 4", "prune --stock -n --keep-last 1")),
         f"diff {tmp_path}/stock/checkpoint-4 {ROOT}/tests/data/run-format-1/checkpoint-4",
+        "plan --model 13B --max-steps 1000 --save-steps 100 --keep-best 2 --crash-at 500 --compare stock --disk 250GB",
+        f"plan {managed} --keep-last 1",
+        f"plan {stock} --keep-last 1",
         f"-C {managed} log --all",
         f"-C {empty} resume",
     ]

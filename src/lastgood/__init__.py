@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     )
     from lastgood.integrations.transformers.manage import manage as manage
     from lastgood.integrations.transformers.trainer import ManagedTrainer as ManagedTrainer
+    from lastgood.planner.plan import plan as plan
     from lastgood.policy import Keep as Keep
     from lastgood.run import Run as Run
     from lastgood.run import open as open
@@ -75,6 +76,7 @@ _HOMES = {
     "diagnose": "lastgood.doctor.diagnose",
     "manage": "lastgood.integrations.transformers.manage",
     "open": "lastgood.run",
+    "plan": "lastgood.planner.plan",
 }
 
 __all__ = list(_HOMES)

@@ -151,9 +151,9 @@ def ranking(records: Sequence[Record], monitor: str, mode: Mode) -> tuple[Record
     Of equals the newer comes first: it has seen more data, and resuming from it redoes less.
     """
     sign = 1.0 if mode == "min" else -1.0
-    valued = [(metric_of(record, monitor), record) for record in records if record.ours and record.current]
+    valued = [(metric_of(record, monitor), record) for record in records if record.current and record.ours]
     ranked = sorted((sign * value, -record.seq, record.name, record) for value, record in valued if value is not None)
-    return tuple(record for *_, record in ranked)
+    return tuple([entry[3] for entry in ranked])
 
 
 def best(records: Sequence[Record], monitor: str, mode: Mode) -> Record | None:
@@ -167,6 +167,20 @@ def latest(records: Sequence[Record]) -> Record | None:
     return max(full, key=lambda record: record.seq, default=None)
 
 
+def all_stay(records: Sequence[Record], keep: Keep) -> bool:
+    """Whether `decide` surely keeps every one of them as it is; False where that isn't plain at a glance.
+
+    Cheap: the decisions over a run that keeps a thousand checkpoints would take the square of that.
+    """
+    count = len(records)
+    if keep.full is not None and keep.full < count:
+        return False
+    if keep.unlimited or (keep.last or 0) >= count or (keep.total or 0) >= count:
+        return True
+    every = keep.every
+    return every is not None and all(record.step % every == 0 for record in records)
+
+
 def at_step(records: Sequence[Record], step: int) -> tuple[Record, ...]:
     """What "the checkpoint of this step" means: the newest on the current branch, else those of branches left."""
     own = sorted((r for r in records if r.ours and r.current and r.step == step), key=lambda r: -r.seq)
@@ -175,16 +189,16 @@ def at_step(records: Sequence[Record], step: int) -> tuple[Record, ...]:
 
 def decide(records: Sequence[Record], keep: Keep, *, protect: Collection[str] = ()) -> tuple[Decision, ...]:
     """One decision per record, in the order given. `protect`: ids that stay as they are (a mapping gives reasons)."""
-    mine = sorted((r for r in records if r.ours and r.current), key=lambda r: -r.seq)
+    mine = sorted([r for r in records if r.current and r.ours], key=lambda r: -r.seq)
     ranked = ranking(mine, keep.monitor, keep.mode) if keep.monitor is not None and keep.mode is not None else ()
     wanted = _wanted(mine, ranked, keep)
     newest_full = latest(mine)
     # Counted among those that stay: one that is about to be deleted would use up a place, and the run would be
     # left with fewer recovery points than were asked for.
-    full = [r for r in mine if r.state == "full" and (r.name in wanted or _held(r, protect))]
+    stay = [r for r in mine if r.state == "full" and (r.name in wanted or _held(r, protect))]
     places = {record.name: place for place, record in enumerate(mine, 1)}
     ranks = {record.name: rank for rank, record in enumerate(ranked, 1)}
-    stays_full = {record.name for record in (full if keep.full is None else full[: keep.full])}
+    stays_full = {record.name for record in stay[: keep.full]}
     decisions = []
     for record in records:
         if not record.ours or not record.current:
@@ -194,11 +208,11 @@ def decide(records: Sequence[Record], keep: Keep, *, protect: Collection[str] = 
         reasons = held + wanted.get(record.name, ())
         if not reasons:
             decisions.append(Decision(record, "delete", (_why_not(record, places, ranks, keep),)))
-        elif record.state == "full" and record.name not in stays_full and not held and record is not newest_full:
+        elif keep.full is None or record.state != "full" or record.name in stays_full or held or record is newest_full:
+            decisions.append(Decision(record, "keep", reasons))
+        else:
             why = f"weights only: full state is kept for the newest {keep.full}"
             decisions.append(Decision(record, "strip", (*reasons, why)))
-        else:
-            decisions.append(Decision(record, "keep", reasons))
     return tuple(decisions)
 
 
@@ -249,14 +263,16 @@ def _wanted(mine: Sequence[Record], ranked: Sequence[Record], keep: Keep) -> dic
         want(record, f"last {place}/{keep.last}")
     for place, record in enumerate(ranked[: keep.best or 0], 1):
         want(record, f"best {place}/{keep.best} by {keep.monitor}")
-    for record in mine:
-        if keep.every is not None and record.step % keep.every == 0:
-            want(record, f"every {keep.every} steps")
-    newest = max((record.manifest.created for record in mine if record.manifest is not None), default=0.0)
-    for record in mine:
-        created = record.manifest.created if record.manifest is not None else 0.0
-        if keep.within is not None and newest - created <= keep.within:
-            want(record, f"saved within {keep.within:g} s of the newest")
+    if keep.every is not None:
+        for record in mine:
+            if record.step % keep.every == 0:
+                want(record, f"every {keep.every} steps")
+    if keep.within is not None:
+        newest = max((record.manifest.created for record in mine if record.manifest is not None), default=0.0)
+        for record in mine:
+            created = record.manifest.created if record.manifest is not None else 0.0
+            if newest - created <= keep.within:
+                want(record, f"saved within {keep.within:g} s of the newest")
     if keep.total is not None and mine:
         others = [record for record in ranked if record is not mine[0]]
         there = {record.name for record in others}
@@ -273,6 +289,8 @@ def _wanted(mine: Sequence[Record], ranked: Sequence[Record], keep: Keep) -> dic
 
 
 def _held(record: Record, protect: Collection[str]) -> tuple[str, ...]:
+    if not record.pinned and not protect:
+        return ()
     reasons = [f"pinned: {name}" for name in record.pinned]
     if record.id in protect:
         reasons.append(str(protect[record.id]) if isinstance(protect, Mapping) else "in use")

@@ -5,8 +5,9 @@ Pure: no clock, no disk, no torch. Its records look like those of a run director
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 
 import msgspec
 
@@ -77,17 +78,36 @@ class Retain:
 Event = Save | Metrics | Resume | Pin | Retain
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Moment:
-    """One retention. step: of the newest save. peak, bytes: on disk before and after it. records: what stays."""
+    """One retention. step: of the newest save. peak, bytes: on disk before and after it. records: what stays.
+
+    before: what there was. The reasons are worked out when they are asked for.
+    """
 
     step: int
-    decisions: tuple[policy.Decision, ...]
+    before: tuple[Record, ...]
     records: tuple[Record, ...]
     peak: int
     bytes: int
-    latest: Record | None
-    best: Record | None
+    keep: Keep
+    head: Head | None
+
+    @cached_property
+    def decisions(self) -> tuple[policy.Decision, ...]:
+        """What becomes of each checkpoint, with its reasons."""
+        return _decide(self.before, self.keep, self.head)
+
+    @property
+    def latest(self) -> Record | None:
+        """What a recovery resumes from."""
+        return policy.latest(self.records)
+
+    @property
+    def best(self) -> Record | None:
+        """What gets deployed."""
+        monitor, mode = self.keep.monitor, self.keep.mode
+        return policy.best(self.records, monitor, mode) if monitor is not None and mode is not None else None
 
 
 def simulate(history: Iterable[Event], keep: Keep) -> tuple[Moment, ...]:
@@ -96,20 +116,24 @@ def simulate(history: Iterable[Event], keep: Keep) -> tuple[Moment, ...]:
     Raises NoCheckpoint for a resume or a pin of a step that isn't there any more. Metrics for a step that this life
     of the run didn't save are dropped, as a live run does.
     """
-    run, moments = _Run(keep), []
+    return tuple(moments(history, keep))
+
+
+def moments(history: Iterable[Event], keep: Keep) -> Iterator[Moment]:
+    """The same one by one, for who needn't see the end."""
+    run = _Run(keep)
     for event in history:
         if isinstance(event, Save):
             run.save(event)
-            moments.append(run.retain())
+            yield run.retain()
         elif isinstance(event, Retain):
-            moments.append(run.retain())
+            yield run.retain()
         elif isinstance(event, Metrics):
             run.record(event)
         elif isinstance(event, Resume):
             run.resume(event.step)
         else:
             run.pin(event)
-    return tuple(moments)
 
 
 @dataclass(slots=True)
@@ -118,6 +142,7 @@ class _Run:
 
     keep: Keep
     disk: tuple[Record, ...] = ()
+    bytes: int = 0
     head: Head | None = None
     lineage: tuple[Span, ...] = ()
     next: int = 1
@@ -130,28 +155,39 @@ class _Run:
         self.lineage = extend(self.lineage, self.next)
         manifest = _manifest(event, id, self.next, self.lineage, self.parent)
         name = checkpoint_name(event.step)
-        aside = [
-            msgspec.structs.replace(r, name=checkpoint_name(r.step, r.id)) if r.name == name else r for r in self.disk
-        ]
         state: State = "full" if manifest.full else "weights"
         new = Record(name=name, step=event.step, state=state, manifest=manifest, metrics=event.values)
-        self.disk = placed([*aside, new], self.head)
+        if self.head is None and (not self.disk or self.disk[-1].step < event.step):
+            self.disk = (*self.disk, new)  # a run that never went back has one branch, and is in order already
+        else:
+            aside = [
+                msgspec.structs.replace(r, name=checkpoint_name(r.step, r.id)) if r.name == name else r
+                for r in self.disk
+            ]
+            self.disk = placed([*aside, new], self.head)
+        self.bytes += new.size
         self.next, self.parent, self.step, self.saved[event.step] = self.next + 1, id, event.step, id
 
     def retain(self) -> Moment:
-        peak = _bytes(self.disk)
-        decisions = policy.decide(self.disk, self.keep, protect=going_on(self.disk, self.head))
+        before, peak = self.disk, self.bytes
+        moment = partial(Moment, self.step, before, peak=peak, keep=self.keep, head=self.head)
+        if policy.all_stay(before, self.keep):
+            return moment(records=before, bytes=peak)
+        decisions = _decide(before, self.keep, self.head)
         left = [_strip(d.record) if d.action == "strip" else d.record for d in decisions if d.action != "delete"]
-        self.disk = placed(left, self.head)
-        monitor, mode = self.keep.monitor, self.keep.mode
-        best = policy.best(self.disk, monitor, mode) if monitor is not None and mode is not None else None
-        return Moment(self.step, decisions, self.disk, peak, _bytes(self.disk), policy.latest(self.disk), best)
+        self.disk = tuple(left) if self.head is None else placed(left, self.head)
+        self.bytes -= sum([d.record.size for d in decisions if d.action != "keep"])
+        self.bytes += sum([_strip(d.record).size for d in decisions if d.action == "strip"])
+        return moment(records=self.disk, bytes=self.bytes)
 
     def record(self, event: Metrics) -> None:
-        id = self.saved.get(event.step)
-        self.disk = tuple(
-            msgspec.structs.replace(r, metrics={**r.metrics, **event.values}) if r.id == id else r for r in self.disk
-        )
+        id, disk = self.saved.get(event.step), list(self.disk)
+        for place in reversed(range(len(disk))):  # mostly it is the newest
+            record = disk[place]
+            if record.id == id:
+                disk[place] = msgspec.structs.replace(record, metrics={**record.metrics, **event.values})
+                self.disk = tuple(disk)
+                return
 
     def resume(self, step: int) -> None:
         record = next((r for r in policy.at_step(self.disk, step) if r.state == "full"), None)
@@ -172,6 +208,10 @@ class _Run:
         self.disk = tuple(held if r is record else r for r in self.disk)
 
 
+def _decide(records: tuple[Record, ...], keep: Keep, head: Head | None) -> tuple[policy.Decision, ...]:
+    return policy.decide(records, keep, protect=going_on(records, head))
+
+
 def _manifest(event: Save, id: str, seq: int, lineage: tuple[Span, ...], parent: str | None) -> Manifest:
     parts: dict[str, tuple[str, ...]] = {"model": ("weights",)}
     files = {"weights": FileEntry(event.weights_bytes, "")}
@@ -187,7 +227,3 @@ def _manifest(event: Save, id: str, seq: int, lineage: tuple[Span, ...], parent:
 def _strip(record: Record) -> Record:
     assert record.manifest is not None
     return msgspec.structs.replace(record, state="weights", manifest=stripped(record.manifest))
-
-
-def _bytes(records: Iterable[Record]) -> int:
-    return sum(record.size for record in records)

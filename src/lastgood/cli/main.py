@@ -40,6 +40,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "run": ("run", "Run a training command, and relaunch it after crashes"),
     },
     "Space": {
+        "plan": ("plan", "What a run will put onto the disk, before it starts"),
         "prune": ("prune", "Delete checkpoints by policy, plan first"),
         "strip": ("strip", "Full to weights-only: drop what only a resume needs"),
         "undo": ("strip", "Bring back what the last prune or strip removed"),
