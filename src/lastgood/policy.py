@@ -181,6 +181,17 @@ def all_stay(records: Sequence[Record], keep: Keep) -> bool:
     return every is not None and all(record.step % every == 0 for record in records)
 
 
+def settled(record: Record, keep: Keep) -> bool:
+    """Whether one that isn't among the newest stays as it is, whatever comes, and has no say in what becomes of others.
+
+    Where checkpoints are ranked every one of them counts, unless no rule deletes any.
+    """
+    if keep.full is not None and record.state == "full":
+        return False
+    ranked = keep.monitor is not None or keep.total is not None
+    return keep.unlimited or (keep.every is not None and record.step % keep.every == 0 and not ranked)
+
+
 def at_step(records: Sequence[Record], step: int) -> tuple[Record, ...]:
     """What "the checkpoint of this step" means: the newest on the current branch, else those of branches left."""
     own = sorted((r for r in records if r.ours and r.current and r.step == step), key=lambda r: -r.seq)

@@ -149,6 +149,7 @@ class _Run:
     parent: str | None = None
     step: int = 0
     saved: dict[int, str] = field(default_factory=dict)  # step -> id, of this life
+    settled: int = 0  # so many of the oldest stay as they are for good
 
     def save(self, event: Save) -> None:
         id = f"{self.next:08x}" * 2  # the first 8 digits tell displaced names apart
@@ -173,12 +174,24 @@ class _Run:
         moment = partial(Moment, self.step, before, peak=peak, keep=self.keep, head=self.head)
         if policy.all_stay(before, self.keep):
             return moment(records=before, bytes=peak)
-        decisions = _decide(before, self.keep, self.head)
+        settled, open_ = self._settled()
+        decisions = _decide(open_, self.keep, self.head)
         left = [_strip(d.record) if d.action == "strip" else d.record for d in decisions if d.action != "delete"]
+        left = [*settled, *left]
         self.disk = tuple(left) if self.head is None else placed(left, self.head)
         self.bytes -= sum([d.record.size for d in decisions if d.action != "keep"])
         self.bytes += sum([_strip(d.record).size for d in decisions if d.action == "strip"])
         return moment(records=self.disk, bytes=self.bytes)
+
+    def _settled(self) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
+        """(old ones that nothing can change any more, those to decide on): else a long run takes the square of time."""
+        if self.head is not None:
+            self.settled = 0
+            return (), self.disk
+        window = len(self.disk) - max(self.keep.last or 0, self.keep.full or 0, 1)
+        while self.settled < window and policy.settled(self.disk[self.settled], self.keep):
+            self.settled += 1
+        return self.disk[: self.settled], self.disk[self.settled :]
 
     def record(self, event: Metrics) -> None:
         id, disk = self.saved.get(event.step), list(self.disk)
