@@ -69,9 +69,7 @@ class Proof(msgspec.Struct, frozen=True, kw_only=True):
         if self.outcome == "failed":
             what = f"ended with status {self.status}" if self.status >= 0 else f"was killed by signal {-self.status}"
             if not self.compared:
-                return (
-                    f"{self.checkpoint}: nothing to compare: the command {what} before such a step"
-                )
+                return f"{self.checkpoint}: nothing to compare: the command {what} before such a step"
             return f"{self.checkpoint}: the command {what} after {self.compared} equal steps of {self.steps}"
         if self.divergence is not None:
             return f"{self.checkpoint}: {self.divergence}"
@@ -79,7 +77,8 @@ class Proof(msgspec.Struct, frozen=True, kw_only=True):
         if self.source == "log":
             many = f"the {self.compared} logged rows after it are" if self.compared != 1 else "the row after it is"
         how = f"the same within {self.rtol:g}" if self.rtol else "bit for bit the same"
-        return f"{self.checkpoint}: {many} {how} (loss, gradient norm{', data' if self.source == 'trail' else ''})"
+        data = ", data" if any(row.was.batch and row.now.batch for row in self.rows) else ""
+        return f"{self.checkpoint}: {many} {how} (loss, gradient norm{data})"
 
     def _table(self) -> list[str]:
         assert self.divergence is not None

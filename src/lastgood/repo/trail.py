@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from lastgood.repo.journal import lines
+from lastgood.repo.journal import lines, parsed
 from lastgood.repo.layout import hidden
 from lastgood.store import local
 
@@ -113,8 +113,13 @@ def shorten(path: Path) -> None:
 
 
 def _last(path: Path) -> int:
-    """The number of the newest life. Lines of one that was fenced off may come after those of its successor."""
-    return max((life for line in lines(path, 4 * LIMIT) if (life := _whole(line.get("life"))) is not None), default=0)
+    """The highest number of a life: from the lines that begin one, and the newest ones if such a line was torn."""
+    try:
+        every = local.read(path, 4 * LIMIT).split(b"\n")
+    except FileNotFoundError:
+        return 0
+    some = [line for line in every if b'"run"' in line] + every[-100:]
+    return max((life for line in parsed(some) if (life := _whole(line.get("life"))) is not None), default=0)
 
 
 def _line(entry: Entry) -> dict[str, Any]:

@@ -18,9 +18,13 @@ UNKNOWN = ""
 
 
 class Batches:
-    """The hashes of batches that were fetched and not trained on yet: loaders fetch ahead, in order."""
+    """The hashes of batches that were fetched and not trained on yet: loaders fetch ahead, in order.
+
+    wanted: False once nobody will take them any more.
+    """
 
     def __init__(self) -> None:
+        self.wanted = True
         self._waiting: deque[str] = deque()
         self._skip = 0
 
@@ -33,8 +37,8 @@ class Batches:
         """The next batch was fetched."""
         if self._skip:
             self._skip -= 1
-            return
-        self._waiting.append(digest(batch))
+        elif self.wanted:
+            self._waiting.append(digest(batch))
 
     def take(self, count: int) -> str:
         """The hash of the next `count` batches, which make up one step; "" if one of them isn't known."""
@@ -62,11 +66,10 @@ def _feed(hasher: Any, value: Any, depth: int) -> bool:
         # Never one on a device: to read it would make the device wait.
         if value.device.type != "cpu" or value.layout is not torch.strided or value.is_quantized:
             return False
-        flat = value.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
-        _bytes(hasher, f"{value.dtype}{tuple(value.shape)}", flat.numpy())
+        _bytes(hasher, f"{value.dtype}{tuple(value.shape)}", _array(value))
         return True
     if isinstance(value, np.ndarray) and not value.dtype.hasobject:
-        _bytes(hasher, f"{value.dtype}{value.shape}", np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+        _bytes(hasher, f"{value.dtype}{value.shape}", value)
         return True
     if isinstance(value, Mapping):
         hasher.update(b"{%d" % len(value))
@@ -81,8 +84,16 @@ def _feed(hasher: Any, value: Any, depth: int) -> bool:
     return False
 
 
-def _bytes(hasher: Any, what: str, data: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+def _array(value: torch.Tensor) -> Any:
+    try:
+        return value.numpy()
+    except (TypeError, RuntimeError):  # bfloat16 and others that NumPy doesn't have; gradients, conjugates
+        return value.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def _bytes(hasher: Any, what: str, values: Any) -> None:
     hasher.update(what.encode())
+    data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
     if data.nbytes <= WHOLE:
         hasher.update(data.data)
         return

@@ -20,10 +20,11 @@ AT_LATEST = 100
 
 @dataclass(slots=True)
 class Recorder:
-    """on: whether anything is recorded; a trail that can't be written goes off by itself and training goes on."""
+    """on: whether anything is recorded. What can't be written is lost, said once, and training goes on."""
 
     on: bool = False
     batches: Batches = field(default_factory=Batches)
+    warned: bool = False
     _root: Path | None = None
     _life: int = 0
     _last: int = 0  # step that was recorded last
@@ -32,17 +33,19 @@ class Recorder:
 
     def begin(self, root: Path, *, run: str, start: int, checkpoint: str) -> None:
         """Training begins after step `start`, from this checkpoint ("" for none)."""
-        self._root, self._last = root, start
+        self.flush()  # of an attempt before, with a batch that was too large
+        self._root, self._last, self._loss = root, start, None
         if self.on:
             try:
                 self._life = trail.begin(root, run=run, start=start, checkpoint=checkpoint)
             except OSError as error:
-                self._off(error)
+                self.on = self.batches.wanted = False  # nobody could tell these steps from those of another life
+                self._lost(error)
 
     def loss(self, value: Any) -> None:
         """The loss of one micro-batch, scaled as the Trainer adds it up."""
         if self.on and isinstance(value, torch.Tensor):
-            value = value.detach().float()
+            value = value.detach() if value.requires_grad else value
             # A copy: a captured graph writes its next result into the same memory.
             self._loss = value.clone() if self._loss is None else self._loss + value
 
@@ -50,8 +53,6 @@ class Recorder:
         """A step was made of so many micro-batches. Nothing happens if it is known already."""
         if not self.on or step <= self._last:
             return
-        if isinstance(grad_norm, torch.Tensor):
-            grad_norm = grad_norm.detach().to(torch.float32, copy=True)
         rate = float(lr) if isinstance(lr, (int, float)) else None
         self._waiting.append((step, self._loss, grad_norm, rate, self.batches.take(batches)))
         self._last, self._loss = step, None
@@ -72,7 +73,7 @@ class Recorder:
             ]
             trail.append(self._root, entries)
         except (OSError, RuntimeError) as error:  # RuntimeError: the device has failed, which is told by others
-            self._off(error)
+            self._lost(error)
 
     def saved(self, step: int, id: str) -> None:
         """A checkpoint was committed."""
@@ -81,16 +82,17 @@ class Recorder:
             try:
                 trail.saved(self._root, self._life, step, id)
             except OSError as error:
-                self._off(error)
+                self._lost(error)
 
-    def _off(self, error: Exception) -> None:
-        self.on, self._waiting = False, []
-        warn(f"the trail of this run can't be written any more ({error}); training and its checkpoints go on")
+    def _lost(self, error: Exception) -> None:
+        if not self.warned:
+            warn(f"the trail of this run can't be written ({error}); training and its checkpoints go on")
+        self.warned = True
 
 
 def numbers(values: Sequence[Any]) -> list[float | None]:
     """Tensors and numbers as numbers; the device is waited for once."""
-    tensors = [value.reshape(()) for value in values if isinstance(value, torch.Tensor)]
+    tensors = [value.reshape(()).float() for value in values if isinstance(value, torch.Tensor)]
     taken = iter(torch.stack(tensors).tolist() if tensors else [])
     return [
         next(taken) if isinstance(value, torch.Tensor) else float(value) if isinstance(value, (int, float)) else None
