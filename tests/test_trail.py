@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import TrainerCallback
 
 import lastgood
 from lastgood.doctor.divergence import equal, first_divergence, following, relived
@@ -82,6 +83,30 @@ def test_a_trail_that_cannot_be_written_stops_nothing(tmp_path: Path, caplog: An
         results.append(outcome(trainer))
     assert results[0] == results[1]
     assert [record.step for record in lastgood.open(tmp_path / "b").checkpoints] == [2, 4, 6, 8]
+    assert caplog.text.count("the trail of this run can't be written") == 1
+
+
+class Obstructed(TrainerCallback):
+    """From step 4 to 6 the trail is out of reach."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.aside = path, path.with_name("aside")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 4:
+            self.path.rename(self.aside)
+            self.path.mkdir()
+        if state.global_step == 7:
+            self.path.rmdir()
+            self.aside.rename(self.path)
+
+
+def test_what_could_not_be_written_is_a_gap_and_said_once(tmp_path: Path, caplog: Any) -> None:
+    trainer = lastgood.manage(Case("t").trainer(tmp_path, Obstructed(hidden(tmp_path, trail.NAME))))
+    trainer.train()
+    (life,) = trail.read(tmp_path)
+    assert [entry.step for entry in life.entries] == [1, 2, 3, 7, 8]
+    assert [record.step for record in lastgood.open(tmp_path).checkpoints] == [2, 4, 6, 8]
     assert caplog.text.count("the trail of this run can't be written") == 1
 
 
