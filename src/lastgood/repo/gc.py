@@ -20,7 +20,7 @@ from lastgood.store import local
 
 RESUME_ONLY = frozenset({"optimizer.safetensors", "resume.json"})
 """Files that only a full checkpoint has: what an interrupted strip may leave behind."""
-OWN = ("run.json", "head.json", "policy.json")
+OWN = ("run.json", "head.json", "policy.json", "trail.jsonl")
 """What only the holder of the run's lock replaces: a temporary file of theirs is nobody's any more."""
 GRAVE = f"{HIDDEN}.grave."
 """How a directory that is being deleted is called where a full disk leaves no room for a trash directory."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,13 @@ def lines(path: Path | str, limit: int) -> list[dict[str, Any]]:
         data = local.read(path, limit)
     except (OSError, ValueError):
         return []
+    return parsed(data.split(b"\n"))
+
+
+def parsed(some: Iterable[bytes]) -> list[dict[str, Any]]:
+    """Those of the lines that are JSON objects."""
     found = []
-    for line in data.split(b"\n"):
+    for line in some:
         try:
             value = msgspec.json.decode(line) if line else None
         except (ValueError, RecursionError):

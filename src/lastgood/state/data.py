@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from lastgood.state import rng
+from lastgood.state.batch import Batches
 from lastgood.state.rng import Rng
 
 FETCHES_AHEAD = 8
@@ -59,9 +60,14 @@ class Position:
 
 
 class Tracker:
-    """Follows one run's loader through its epochs; wraps each epoch's iterable with `watch`."""
+    """Follows one run's loader through its epochs; wraps each epoch's iterable with `watch`.
 
-    def __init__(self) -> None:
+    batches: gets every batch that is fetched for training; None if nobody wants to know them.
+    """
+
+    def __init__(self, batches: Batches | None = None) -> None:
+        self.batches = batches
+        self._skip = 0
         self._start: Rng | None = None
         self._own: list[torch.Generator] = []
         self._own_start: list[torch.Tensor] = []
@@ -78,6 +84,8 @@ class Tracker:
         # Accelerate's loaders iterate one batch ahead over an inner loader: the inner one sees each single fetch.
         inner = getattr(loader, "base_dataloader", None)
         target = loader if inner is None else inner
+        # What the outer one drops has gone through the inner one.
+        self._skip = 0 if inner is None else int(getattr(loader, "skip_batches", 0) or 0)
         if isinstance(target, Watched):
             target = target.loader
         watched = Watched(target, self, resume, then, discard)
@@ -92,6 +100,8 @@ class Tracker:
         self._own_start = [generator.get_state() for generator in self._own]
         self._before = {}
         self._ahead = ahead
+        if self.batches is not None:
+            self.batches.begin(self._skip)
 
     def fetching(self, ordinal: int) -> None:
         """Batch number `ordinal` is about to be fetched."""
@@ -99,6 +109,11 @@ class Tracker:
         if self._ahead:
             self._before[ordinal] = rng.capture()
             self._before.pop(ordinal - FETCHES_AHEAD, None)
+
+    def fetched(self, batch: Any) -> None:
+        """A batch came; it is still where the loader made it."""
+        if self.batches is not None:
+            self.batches.add(batch)
 
     def position(self, consumed: int) -> Position:
         """Where the run stands after training on `consumed` batches of this epoch."""
@@ -160,6 +175,7 @@ class Watched:
                 batch = next(iterator)
             except StopIteration:
                 return
+            self._tracker.fetched(batch)
             yield batch
 
 

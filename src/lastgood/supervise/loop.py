@@ -10,11 +10,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 from lastgood.errors import LastgoodError, NotSupported, UsageError
 from lastgood.supervise.command import PLACE, Launch, Limits, described, fill
@@ -34,12 +35,15 @@ def supervise(
     tidy: Callable[[bool], None],
     limits: Limits,
     poll: float = 2.0,
+    environment: Mapping[str, str] | None = None,
+    output: IO[bytes] | None = None,
 ) -> int:
     """Launch `command` until it is done, can't go on or the supervisor is asked to stop; returns the exit status.
 
     choose: the verified checkpoint to resume from, None if there is none yet; asked before each launch.
     progress: the newest complete step, -1 without one.
     tidy: called now and then while the command runs (False), and after it ended (True).
+    environment: what the command finds in its own besides ours. output: where its stdout and stderr go; None: to ours.
     """
     if not command or PLACE in command[0]:
         raise UsageError("there is no command to run", hint="lastgood run -- python train.py ...")
@@ -50,7 +54,7 @@ def supervise(
             "only the main thread can supervise a command, because signals arrive there",
             hint="call supervise() from the main thread, or use `lastgood run`",
         )
-    supervisor = _Supervisor(command, choose, progress, tidy, limits, poll)
+    supervisor = _Supervisor(command, choose, progress, tidy, limits, poll, environment or {}, output)
     with supervisor.listening(), supervisor.guarded():
         return supervisor.run()
 
@@ -63,6 +67,8 @@ class _Supervisor:
     tidy: Callable[[bool], None]
     limits: Limits
     poll: float
+    environment: Mapping[str, str]
+    output: IO[bytes] | None
     launches: list[Launch] = field(default_factory=list)
     newest: int = -1
     group: int = 0  # of the command that runs
@@ -208,6 +214,7 @@ class _Supervisor:
             **os.environ,
             "LASTGOOD_RESUME": os.fspath(checkpoint) if checkpoint else "",
             "LASTGOOD_RESTARTS": str(restarts),
+            **self.environment,
         }
         say(f"launch {restarts + 1} from {checkpoint.name if checkpoint else 'the beginning'}")
         begin, self.others = time.monotonic(), children()
@@ -216,6 +223,8 @@ class _Supervisor:
                 fill(self.command, checkpoint),
                 env=environment,
                 stdin=None if os.isatty(0) else subprocess.DEVNULL,
+                stdout=self.output,
+                stderr=self.output,
                 start_new_session=True,
             )
         except OSError as error:

@@ -23,6 +23,7 @@ class Options:
     data_skip: how a resume gets past the batches already trained on; "auto" reads them again only where
         loading may draw random numbers in worker processes, "fast" never does, "replay" always.
     takeover: write to the run although another process holds it (that one is fenced off).
+    trail: write down loss, gradient norm and a hash of the data of every step (`lastgood doctor --prove` needs it).
     """
 
     keep: Keep | None = None
@@ -32,6 +33,7 @@ class Options:
     hyperparameters: Literal["saved", "new"] = "saved"
     data_skip: Literal["auto", "fast", "replay"] = "auto"
     takeover: bool = False
+    trail: bool = True
 
     def __post_init__(self) -> None:
         if self.keep is not None and not isinstance(self.keep, Keep):
@@ -46,8 +48,9 @@ class Options:
         ):
             if getattr(self, name) not in allowed:
                 raise wrong_type(name, getattr(self, name), " or ".join(repr(value) for value in allowed))
-        if not isinstance(self.takeover, bool):
-            raise wrong_type("takeover", self.takeover, "True or False")
+        for name in ("takeover", "trail"):
+            if not isinstance(getattr(self, name), bool):
+                raise wrong_type(name, getattr(self, name), "True or False")
         if isinstance(self.allow_missing, str) or not set(self.allow_missing) <= MISSABLE:
             raise wrong_type("allow_missing", self.allow_missing, f"a list of names out of {sorted(MISSABLE)}")
 

@@ -16,6 +16,8 @@ from lastgood.errors import NoCheckpoint, Preempted
 from lastgood.integrations.transformers import capture, settings
 from lastgood.integrations.transformers.events import Events, StopRequest
 from lastgood.integrations.transformers.options import Options, retention
+from lastgood.integrations.transformers.proving import Proving
+from lastgood.integrations.transformers.recorder import Recorder
 from lastgood.integrations.transformers.restore import Source
 from lastgood.integrations.transformers.resume import Fresh, Target, resolve
 from lastgood.manager import Manager
@@ -43,6 +45,8 @@ class Session:
     source: Source | None = None
     coverage: Coverage | None = None
     tracker: Tracker = field(default_factory=Tracker)
+    recorder: Recorder = field(default_factory=Recorder)
+    proving: Proving | None = None
     updates_per_epoch: int = 1
     finished: bool = False  # the checkpoint resumed from is the last step of the run
     caught_up: bool = True  # nothing left to do of the step that was resumed from
@@ -69,6 +73,10 @@ class Session:
     def active(self, value: Any, trial: Any) -> Iterator[str | None]:
         """Hold the run for one `train()`; yields the directory to resume from, None for a fresh start."""
         args = self.trainer.args
+        self.proving = Proving.asked()
+        if self.proving is not None:
+            self.proving.take_over(self.trainer)
+            value, trial = "auto", None
         self.manager = Manager(
             root=Path(self.trainer._get_output_dir(trial)),
             keep=retention(self.options, args),
@@ -82,6 +90,8 @@ class Session:
             self.manager.open(takeover=self.options.takeover)
             found = resolve(self.manager, value)
             self.target = found if isinstance(found, Target) else None
+            if self.target is None and self.proving is not None:
+                raise NoCheckpoint(f"there is no checkpoint to prove in {self.manager.root}")
             if isinstance(found, Fresh) and found.why:
                 say(found.why)
             with self.stop.listening():
@@ -91,11 +101,13 @@ class Session:
             event = "preempted"
             raise
         finally:
+            self.recorder.flush()
             self.manager.close(event)
 
     def _reset(self) -> None:
         self.target = self.source = self.coverage = self.report = None
-        self.tracker = Tracker()
+        self.recorder = Recorder(on=self.options.trail or self.proving is not None)
+        self.tracker = Tracker(self.recorder.batches if self.recorder.on else None)
         self.finished, self.caught_up, self.evaluate, self.evaluating = False, True, False, None
         self.where, self.saved_step = "step", -1
         self.unsaved_metrics, self.changed, self.card = {}, [], {}
@@ -137,6 +149,7 @@ class Session:
         }
         if target is None:
             self.live.begin_fresh()
+            self.recorder.begin(self.live.root, run=self.live.run, start=0, checkpoint="")
             return
         if target.own and target.record is not None:
             self.live.begin_from(target.record)
@@ -144,6 +157,8 @@ class Session:
         else:
             self.live.begin_fresh()
             journal.append(self.live.root, "continued", source=target.path.name, step=state.global_step)
+        origin = target.path.name if target.record is None else target.record.id
+        self.recorder.begin(self.live.root, run=self.live.run, start=state.global_step, checkpoint=origin)
         state.compute_steps(self.trainer.args, state.max_steps)
         self._set_best(self.live.records())
         if self.source is not None:
@@ -193,6 +208,21 @@ class Session:
         )
         say(str(self.report))
 
+    def stepped(self, grad_norm: Any, lr: Any) -> None:
+        """The loop is behind an optimizer step, or asks once more at the end of the epoch."""
+        trainer, control = self.trainer, self.trainer.control
+        batches = getattr(trainer, "current_gradient_accumulation_steps", 1)
+        self.recorder.step(trainer.state.global_step, batches, grad_norm=grad_norm, lr=lr)
+        if control.should_log or control.should_save:
+            self.recorder.flush()
+        if self.proved:
+            control.should_evaluate = control.should_save = False
+
+    @property
+    def proved(self) -> bool:
+        """Whether every step that was to be repeated has been."""
+        return self.proving is not None and self.trainer.state.global_step >= self.proving.until
+
     # ---- saving --------------------------------------------------------------------------
 
     def save(self) -> Record | None:
@@ -220,6 +250,7 @@ class Session:
         )
         if record is None:
             return None
+        self.recorder.saved(step, record.id)
         self.saved_step, self.saved_rows = step, len(trainer.state.log_history)
         if step in self.unsaved_metrics:  # save_strategy="best" evaluates first
             self.live.record(step, self.unsaved_metrics.pop(step))

@@ -167,9 +167,15 @@ class ManagedTrainer(Trainer):
     ) -> None:
         self._maybe_log_save_evaluate(self._tr_loss, None, model, trial, epoch, ignore_keys_for_eval, start_time)
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().training_step(*args, **kwargs)
+        self.lastgood.recorder.loss(loss)
+        return loss
+
+    def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *rest: Any, **kwargs: Any) -> None:
         """Log, save, then evaluate: a crash in the evaluation must not cost the checkpoint of the same step."""
-        session = self.lastgood
+        session, args = self.lastgood, (tr_loss, grad_norm, *rest)
+        session.stepped(grad_norm, kwargs.get("learning_rate"))
         if self.control.should_save and self.control.should_evaluate and self.args.save_strategy != SaveStrategy.BEST:
             self.control.should_evaluate = False
             session.evaluate = True
@@ -177,6 +183,8 @@ class ManagedTrainer(Trainer):
             session.evaluate = False
             self.control.should_evaluate = True
         super()._maybe_log_save_evaluate(*args, **kwargs)
+        if session.proving is not None and session.proved:
+            session.proving.leave(self)
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         session = self.lastgood
@@ -194,6 +202,8 @@ class ManagedTrainer(Trainer):
     # ---- saving and the end --------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.lastgood.proving is not None:
+            return
         if self.hp_search_backend is None and trial is None:
             self.store_flos()
         record = self.lastgood.save()
@@ -202,6 +212,8 @@ class ManagedTrainer(Trainer):
 
     def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
         session = self.lastgood
+        if session.proving is not None:
+            session.proving.leave(self)
         if session.finished and session.source is not None and not session.caught_up:
             known = session.target is not None and session.target.record is not None and session.target.record.metrics
             session.caught_up = bool(known)  # evaluated already: nothing of a finished run depends on doing it again

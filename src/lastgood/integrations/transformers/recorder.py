@@ -1,0 +1,100 @@
+"""Keeps the trail of one `train()`. Values stay where they were computed until the Trainer waits for them anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lastgood.repo import trail
+from lastgood.repo.trail import Entry
+from lastgood.state.batch import Batches
+from lastgood.talk import warn
+
+AT_LATEST = 100
+"""Steps after which the values are asked for, where the Trainer itself logs and saves less often."""
+
+
+@dataclass(slots=True)
+class Recorder:
+    """on: whether anything is recorded. What can't be written is lost, said once, and training goes on."""
+
+    on: bool = False
+    batches: Batches = field(default_factory=Batches)
+    warned: bool = False
+    _root: Path | None = None
+    _life: int = 0
+    _last: int = 0  # step that was recorded last
+    _loss: torch.Tensor | None = None  # of the step under way, so far
+    _waiting: list[tuple[int, Any, Any, float | None, str]] = field(default_factory=list)
+
+    def begin(self, root: Path, *, run: str, start: int, checkpoint: str) -> None:
+        """Training begins after step `start`, from this checkpoint ("" for none)."""
+        self.flush()  # of an attempt before, with a batch that was too large
+        self._root, self._last, self._loss = root, start, None
+        if self.on:
+            try:
+                self._life = trail.begin(root, run=run, start=start, checkpoint=checkpoint)
+            except OSError as error:
+                self.on = self.batches.wanted = False  # nobody could tell these steps from those of another life
+                self._lost(error)
+
+    def loss(self, value: Any) -> None:
+        """The loss of one micro-batch, scaled as the Trainer adds it up."""
+        if self.on and isinstance(value, torch.Tensor):
+            value = value.detach() if value.requires_grad else value
+            # A copy: a captured graph writes its next result into the same memory.
+            self._loss = value.clone() if self._loss is None else self._loss + value
+
+    def step(self, step: int, batches: int, *, grad_norm: Any, lr: Any) -> None:
+        """A step was made of so many micro-batches. Nothing happens if it is known already."""
+        if not self.on or step <= self._last:
+            return
+        rate = float(lr) if isinstance(lr, (int, float)) else None
+        self._waiting.append((step, self._loss, grad_norm, rate, self.batches.take(batches)))
+        self._last, self._loss = step, None
+        if len(self._waiting) >= AT_LATEST:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is waiting."""
+        waiting, self._waiting = self._waiting, []
+        if not waiting or self._root is None or not self.on:
+            return
+        try:
+            losses = numbers([entry[1] for entry in waiting])
+            norms = numbers([entry[2] for entry in waiting])
+            entries = [
+                Entry(step, self._life, loss, norm, batch, lr)
+                for (step, _, _, lr, batch), loss, norm in zip(waiting, losses, norms, strict=True)
+            ]
+            trail.append(self._root, entries)
+        except (OSError, RuntimeError) as error:  # RuntimeError: the device has failed, which is told by others
+            self._lost(error)
+
+    def saved(self, step: int, id: str) -> None:
+        """A checkpoint was committed."""
+        self.flush()
+        if self.on and self._root is not None:
+            try:
+                trail.saved(self._root, self._life, step, id)
+            except OSError as error:
+                self._lost(error)
+
+    def _lost(self, error: Exception) -> None:
+        if not self.warned:
+            warn(f"the trail of this run can't be written ({error}); training and its checkpoints go on")
+        self.warned = True
+
+
+def numbers(values: Sequence[Any]) -> list[float | None]:
+    """Tensors and numbers as numbers; the device is waited for once."""
+    tensors = [value.reshape(()).float() for value in values if isinstance(value, torch.Tensor)]
+    taken = iter(torch.stack(tensors).tolist() if tensors else [])
+    return [
+        next(taken) if isinstance(value, torch.Tensor) else float(value) if isinstance(value, (int, float)) else None
+        for value in values
+    ]
