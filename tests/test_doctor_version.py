@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from lastgood.doctor.case import Case
 from lastgood.doctor.diagnose import case_of, examine
 from lastgood.doctor.disk import Disk
 from lastgood.doctor.finding import Finding, Repair
+from lastgood.state import optimizer, weights
+from lastgood.state.fingerprint import live_tensors
+from lastgood.state.tensors import digest
 
 import cli
 import realruns
@@ -380,15 +384,58 @@ def test_CKV013(real: Real, tmp_path: Path) -> None:
     assert the("CKV013", root, log=f"{log} checkpoint-6").severity == "error"
 
 
+def test_what_a_managed_resume_refuses() -> None:
+    model, wider = gpt2(), gpt2(vocab_size=72)
+    expected = {name: digest(tensor) for name, tensor in live_tensors(model).items()}
+    assert codes(log=log_of(lambda: weights.restore(wider, expected, dict))) == ["CKV004"]
+    assert codes(log=log_of(lambda: weights.restore(gpt2(n_layer=3), expected, dict))) == ["CKV005"]
+    assert codes(log="AssertionError: model differs after resume") == ["CKV005"]
+    parameters = live_tensors(model)
+    adam, sgd = torch.optim.AdamW(model.parameters()), torch.optim.SGD(model.parameters())
+    values, tensors = optimizer.capture(adam, parameters)
+    assert codes(log=log_of(lambda: optimizer.restore(sgd, parameters, values, tensors))) == ["CKV006"]
+    fewer = torch.optim.AdamW(list(model.parameters())[1:])
+    assert codes(log=log_of(lambda: optimizer.restore(fewer, parameters, values, tensors))) == ["CKV007"]
+
+
+def test_hundreds_of_checkpoints_are_looked_at_quickly(real: Real) -> None:
+    root = real("trainer_peft")
+    weights_of = load_file(root / "checkpoint-6" / "adapter_model.safetensors")
+    state = json.loads((root / "checkpoint-6" / "trainer_state.json").read_text())
+    for step in range(8, 408, 2):
+        copy = shutil.copytree(root / "checkpoint-6", root / f"checkpoint-{step}", copy_function=os.link)
+        for name in ("adapter_model.safetensors", "trainer_state.json"):
+            (copy / name).unlink()
+        (copy / "trainer_state.json").write_text(json.dumps({**state, "global_step": step}))
+        save_file({name: t + step for name, t in weights_of.items()}, copy / "adapter_model.safetensors")
+    disk = Disk(root)
+    assert disk.good is not None  # shared by all rules: what it costs is not theirs
+    case = case_of(disk, None, None)
+    began = time.process_time()
+    assert examine(case, select=["CKV", "CKP"]) == ()
+    assert time.process_time() - began < 0.5
+
+
 def test_hostile_files_stop_no_rule(real: Real) -> None:
     root = real("trainer_peft")
     shutil.copy(real("trainer_full") / "checkpoint-6" / "config.json", root / "checkpoint-6" / "config.json")
-    for content in ("[]", '{"vocab_size": "64", "n_layer": {}, "text_config": 3}', '{"transformers_version": 5}', "{"):
+    contents = ("[]", '{"vocab_size": "64", "n_layer": {}, "text_config": 3}', '{"transformers_version": 5}', "{")
+    trees: tuple[Any, ...] = (
+        [],
+        {"param_groups": 3},
+        {"param_groups": [{"params": 1}, 4], "state": {1: 2}},
+        {1: {2: 3}},
+    )
+    lines = (
+        "KeyError: 'step'",
+        "KeyError: 'betas'",
+        "size mismatch for a.lora_A.weight: copying a",
+        "ValueError: loaded state dict has a different number of parameter groups",
+    )
+    for content, tree in zip(contents, trees, strict=True):
         (root / "checkpoint-6" / "config.json").write_text(content)
         (root / "checkpoint-4" / "adapter_config.json").write_text(content)
-        for tree in ([], {"param_groups": 3, "state": []}, {"param_groups": [{"params": 1}, 4], "state": {1: 2}}):
-            torch.save(tree, root / "checkpoint-6" / "optimizer.pt")
-            torch.save(tree, root / "checkpoint-6" / "rng_state.pth")
-            for line in ("KeyError: 'step'", "KeyError: 'betas'", "size mismatch for a.lora_A.weight: copying a",
-                         "ValueError: loaded state dict has a different number of parameter groups"):  # fmt: skip
-                codes(root, log=f"checkpoint-6\n{line}", args={"optim": 3, "r": [], "target_modules": {}})
+        torch.save(tree, root / "checkpoint-6" / "optimizer.pt")
+        torch.save(tree, root / "checkpoint-6" / "rng_state.pth")
+        for line in lines:
+            codes(root, log=f"checkpoint-6\n{line}", args={"optim": 3, "r": [], "target_modules": {}})

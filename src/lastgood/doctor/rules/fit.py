@@ -14,8 +14,11 @@ from lastgood.format.inert import Node
 from lastgood.format.tensors import Slot
 from lastgood.model import Record
 
-MISFIT = r"size mismatch for \S+|You set .ignore_mismatched_sizes. to .False."
-"""How torch's load_state_dict and transformers' from_pretrained end where shapes differ."""
+MISFIT = (
+    r"size mismatch for \S+|You set .ignore_mismatched_sizes. to .False."
+    r"|tensors of another shape or dtype than the checkpoint's: "
+)
+"""How torch's load_state_dict, transformers' from_pretrained and a managed resume end where shapes differ."""
 
 MISSING_LINE = r"There were missing keys in the checkpoint model loaded: \[(.*)\]"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -37,6 +40,7 @@ _REPORT = re.compile(
     r" vs model:\s?(?:torch\.Size\()?\[([\d, ]*)\]",
     re.MULTILINE,
 )
+_OURS = re.compile(r"(\S+) \(\w+\[([\d, ]*)\] saved, \w+\[([\d, ]*)\] here\)")
 _NAMED = re.compile(r"(?:checkpoint|step)[-_]\d+(?:\.[0-9a-f]{8})?|[\w=.-]+\.ckpt")
 _TRAINABLE = re.compile(r"trainable params:\s*([\d,]{1,24})|Number of trainable parameters = ([\d,]{1,24})")
 
@@ -81,8 +85,9 @@ class Optimizer(NamedTuple):
 
 def mismatches(text: str) -> list[Misfit]:
     """Every mismatch that a message or transformers' table of them names."""
-    found = [*_TORCH.finditer(text), *_REPORT.finditer(text)]
-    return [Misfit(m.group(1).strip(), _extents(m.group(2)), _extents(m.group(3))) for m in found]
+    found = [*_TORCH.finditer(text), *_REPORT.finditer(text), *_OURS.finditer(text)]
+    told = [Misfit(m.group(1).strip(), _extents(m.group(2)), _extents(m.group(3))) for m in found]
+    return [misfit for misfit in told if misfit.saved != misfit.now]
 
 
 def misfits_of(case: Case, text: str) -> list[Misfit]:

@@ -112,6 +112,7 @@ RULES: tuple[Rule, ...] = (
         code="CKP007",
         title="The adapter belongs to another base model",
         severity="error",
+        message=r"tensors of the model can't be brought back from the checkpoint: .*base_model\.",
         run=peft_base.other_base,
         means="the adapter loads without a word, and what comes out is wrong",
         cause="An adapter is a change to one base. Loaded onto another, a newer revision, a fine-tuned or resized one,"
@@ -128,7 +129,7 @@ RULES: tuple[Rule, ...] = (
         means="the best model isn't loaded at the end, or the adapter isn't restored",
         cause="The Trainer finds no adapter file in a checkpoint that should have one: old versions of transformers and"
         " peft saved the whole model, or nothing.",
-        fix=("pip install -U transformers peft", "lastgood verify --full, to see which checkpoints hold an adapter"),
+        fix=("pip install -U transformers peft", "lastgood show REV, to see whether a checkpoint holds an adapter"),
         source="transformers 5.23, Trainer._load_from_checkpoint; peft #96",
     ),
     Rule(

@@ -70,7 +70,8 @@ RULES: tuple[Rule, ...] = (
         code="CKV005",
         title="The model differs from the one in the checkpoint",
         severity="error",
-        message=fit.MISFIT + r"|(?:Missing|Unexpected) key\(s\) in state_dict: ",
+        message=fit.MISFIT + r"|(?:Missing|Unexpected) key\(s\) in state_dict: |[Mm]odel differs after resume"
+        r"|the model's tensors differ from those in the checkpoint",
         warning=fit.MISSING_LINE,
         log=version_look.shapes_or_left_out,
         run=version_look.changed_model,
@@ -89,7 +90,8 @@ RULES: tuple[Rule, ...] = (
         title="The optimizer is another one than the one whose state was saved",
         severity="error",
         message=r"^KeyError: '(betas|beta1|exp_avg|exp_avg_sq|exp_avg_sq_row|max_exp_avg_sq|momentum|momentum_buffer"
-        r"|square_avg|sum|acc_delta|lr_decay|alpha|centered|state1|state2|scale_parameter|clip_threshold)'\s*$",
+        r"|square_avg|sum|acc_delta|lr_decay|alpha|centered|state1|state2|scale_parameter|clip_threshold)'\s*$"
+        r"|the checkpoint holds the state of (\S+), the run uses (\S+)",
         log=version_optimizer.other_optimizer,
         run=version_optimizer.optimizer_to_come,
         means="the resume stops at the first step, or earlier",
@@ -103,7 +105,8 @@ RULES: tuple[Rule, ...] = (
         title="Other parameters are trained than when the optimizer was saved",
         severity="error",
         message=r"loaded state dict (?:contains a parameter group that doesn't match the size of optimizer's group"
-        r"|has a different number of parameter groups)",
+        r"|has a different number of parameter groups)"
+        r"|the optimizer's parameters differ from those in the checkpoint",
         log=version_optimizer.other_parameters,
         means="the weights fit and the optimizer's state doesn't: layers were frozen or unfrozen, or grouped otherwise",
         cause="An optimizer knows parameters by their number, not by their name. If more, fewer or other parameters are"
@@ -111,8 +114,7 @@ RULES: tuple[Rule, ...] = (
         " layers, other LoRA targets, and an adapter that was loaded for inference.",
         fix=(
             "train the same parameters as when it was saved: the same frozen layers, the same weight decay groups",
-            "to change it on purpose: move optimizer.pt and scheduler.pt out of a copy of the checkpoint, and resume"
-            " from that",
+            *version_optimizer.AFRESH,
         ),
         source="torch 2.13, Optimizer.load_state_dict; transformers #24252, #24354; peft #859",
     ),

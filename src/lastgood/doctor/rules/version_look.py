@@ -148,7 +148,8 @@ def shapes(case: Case, raised: Raised, match: re.Match[str]) -> Iterator[Sight]:
     misfits = fit.misfits_of(case, raised.text)
     missing, surplus = fit.listed(raised.text, "Missing"), fit.listed(raised.text, "Unexpected")
     if not (misfits or missing or surplus):
-        yield Sight(saw=case.log.line_of(match) if case.log is not None else match.group())
+        saw = case.log.line_of(match) if case.log is not None else match.group()
+        yield Sight(saw=saw, evidence=tuple(_reasons(case, [], [])))
         return
     parts = [str(misfits[0]) + (f", and {len(misfits) - 1} more" if len(misfits) > 1 else "")] if misfits else []
     parts += [f"missing in the checkpoint: {fit.some(missing, 3)}"] if missing else []

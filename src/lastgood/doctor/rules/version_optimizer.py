@@ -35,7 +35,7 @@ def other_optimizer(case: Case, raised: Raised, match: re.Match[str]) -> Iterato
     inside = raised.passed(
         "step", "_init_group", "__setstate__", "load_state_dict", "_get_options", "update_step", "init_state"
     )
-    if not inside and (raised.frames or name in GENERIC):
+    if name is not None and not inside and (raised.frames or name in GENERIC):
         return
     evidence, fix = [], list[str]()
     record = fit.subject(case)
@@ -52,15 +52,21 @@ def other_optimizer(case: Case, raised: Raised, match: re.Match[str]) -> Iterato
             evidence.append(f"{record.name} was saved with optim={optim!r}")
             fix.append(f"optim={optim!r}")
     yield Sight(
-        saw=f"the optimizer being used looks for {name!r}, which the saved state doesn't have",
+        saw=f"the optimizer being used looks for {name!r}, which the saved state doesn't have"
+        if name is not None
+        else match.group(),
         evidence=tuple(evidence),
         fix=(*fix, *OTHER_OPTIMIZER),
     )
 
 
+AFRESH = (
+    "to change it on purpose: lastgood.manage(trainer, allow_missing=['optimizer', 'scheduler'])",
+    "the same without lastgood: resume from a copy of the checkpoint without optimizer.pt and scheduler.pt",
+)
 OTHER_OPTIMIZER = (
     "the optimizer of the saved run: the same optim=",
-    "to change it on purpose: move optimizer.pt and scheduler.pt out of a copy of the checkpoint, and resume from that",
+    *AFRESH,
 )
 
 
