@@ -32,6 +32,7 @@ class Disk:
         self.view: View = look(root)
         self._files: dict[str, Mapping[str, int]] = {}
         self._json: dict[tuple[str, str], Any] = {}
+        self._trees: dict[tuple[str, str], Any] = {}
         self._problems: dict[str, tuple[str, ...]] = {}
 
     @property
@@ -125,10 +126,13 @@ class Disk:
 
     def pickled(self, record: Record, name: str) -> Any:
         """The tree in a torch archive, with inert nodes for what isn't plain; None if it can't be read."""
-        try:
-            return archive.load(self.path(record) / name)
-        except (CorruptCheckpoint, OSError):
-            return None
+        key = (record.name, name)
+        if key not in self._trees:
+            try:
+                self._trees[key] = archive.load(self.path(record) / name)
+            except (CorruptCheckpoint, OSError):
+                self._trees[key] = None
+        return self._trees[key]
 
     def problems(self, record: Record) -> tuple[str, ...]:
         """What is wrong with the structure of a checkpoint (with `full`: and with its hashes)."""
