@@ -257,7 +257,7 @@ RULES: tuple[Rule, ...] = (
         r"|DataLoader worker \(pid\(?s?\)? [^)]*\).*(?:is killed by signal: (?:Killed|Bus error)|exited unexpectedly)"
         r"|No space left on device.*/dev/shm|/dev/shm.*No space left on device",
         warning=r"Signal 9 \(SIGKILL\)|exitcode\s*:\s*-9\b|Out of memory: Killed process|oom-kill|oom_kill event"
-        r"|^(?:.*line \d+:\s+\d+ )?Killed\b|insufficient shared memory \(shm\)",
+        r"|^\S+: line \d+:\s+\d+ Killed\b|^Killed\s*$|insufficient shared memory \(shm\)",
         log=_host,
         means="the checkpoint of this moment isn't whole: while saving, a copy of the state lies in memory besides the"
         " running one",

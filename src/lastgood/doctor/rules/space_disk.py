@@ -173,6 +173,9 @@ def _overflow(own: Sequence[Record], keep: Keep, needed: int, points: Sequence[i
     newest = before[-1]
     weights = stripped(newest.manifest).size if newest.manifest is not None else needed
     full = needed if newest.state == "full" else None
+    most = _most(keep, needed, weights)
+    if most is not None and max(needed, most - sum(record.size for record in own)) <= free:
+        return None
     made = [record.manifest.created if record.manifest is not None else 0.0 for record in before]
     pace = max(0.0, (made[-1] - made[0]) / (len(made) - 1)) if len(made) > 1 else 60.0
     history = [
@@ -193,6 +196,16 @@ def _overflow(own: Sequence[Record], keep: Keep, needed: int, points: Sequence[i
     if len(ahead) == len(points) or slope <= 0:
         return None
     return len(grown) + int((free - grown[-1]) // slope)
+
+
+def _most(keep: Keep, needed: int, weights: int) -> int | None:
+    """Bytes that the run never exceeds with this policy, the save that is being written included; None if it grows."""
+    if keep.unlimited or keep.every is not None or keep.within is not None:
+        return None
+    # The newest that can be resumed from and the best stay besides what the rules want.
+    count = (keep.total or 0) + (keep.last or 0) + (keep.best or 0) + 2
+    full = count if keep.full is None else min(count, keep.full + 1)
+    return full * needed + (count - full) * weights + needed
 
 
 def _keep(case: Case) -> Keep:
