@@ -6,8 +6,8 @@ A live run decides by the same order with `Manager.find`, which also moves what 
 from __future__ import annotations
 
 from lastgood import policy
-from lastgood.errors import NoCheckpoint
 from lastgood.layouts import trainer
+from lastgood.layouts.progress import one_run
 from lastgood.manager import UNADOPTED
 from lastgood.model import TRAINERS, Record
 from lastgood.rev import resolve
@@ -22,7 +22,7 @@ def choose(view: View, start: str, *, full: bool) -> tuple[Record | None, list[t
     if start not in LAST:
         candidates = _asked_for(view, start)
     elif view.layout in TRAINERS and not any(r.id and r.ours for r in view.records):
-        return _stock(view)
+        return _stock(view, full)
     else:
         own = sorted((r for r in view.records if r.ours and r.current), key=lambda r: -r.seq)
         skipped += [(r.name, "only its weights were kept") for r in own if r.state == "weights"]
@@ -62,13 +62,27 @@ def _asked_for(view: View, start: str) -> list[Record]:
     return [resolve(start, view.records, monitor=view.monitor, mode=view.mode)]
 
 
-def _stock(view: View) -> tuple[Record | None, list[tuple[str, str]]]:
+def _stock(view: View, full: bool) -> tuple[Record | None, list[tuple[str, str]]]:
+    """The newest usable one of a run that nobody manages; the older ones are only asked whether they are of that run.
+
+    Raises NoCheckpoint where two runs share the directory.
+    """
+    order = sorted((r for r in view.records if r.layout in TRAINERS), key=lambda r: -r.step)
+    skipped: list[tuple[str, str]] = []
+    for place, record in enumerate(order):
+        path = view.path(record)
+        reason = "; ".join(trainer.problems(path, full=full)) or trainer.lacking(path)
+        if not reason:
+            if one_run(path, [view.path(older) for older in order[place + 1 :]]):
+                return record, skipped
+            return _exactly(view)
+        skipped.append((record.name, reason))
+    return None, skipped
+
+
+def _exactly(view: View) -> tuple[Record | None, list[tuple[str, str]]]:
+    """The same by reading everything: some log doesn't begin like the others."""
     names = {record.name: record for record in view.records}
     stocks = [trainer.inspect(view.root / name) for name in view.found if names[name].layout in TRAINERS]
-    try:
-        newest, skipped = trainer.choose(view.root, stocks)
-    except NoCheckpoint as error:
-        if "which one" in error.message:
-            raise
-        return None, [(s.path.name, "; ".join(s.problems) or trainer.lacking(s.path)) for s in stocks]
+    newest, skipped = trainer.choose(view.root, stocks)
     return names[newest.path.name], [s for s in skipped if names[s[0]].step > newest.step]

@@ -14,7 +14,7 @@ from lastgood.doctor.disk import Disk
 from lastgood.doctor.finding import Repair, Severity
 from lastgood.doctor.named import SENTINEL, judge, listing, resumes
 from lastgood.doctor.rule import Sight
-from lastgood.layouts.trainer import STATE
+from lastgood.layouts.progress import STATE
 from lastgood.model import TRAINERS, Record
 from lastgood.repo.layout import step_of
 from lastgood.store import local
