@@ -335,8 +335,8 @@ RULES: tuple[Rule, ...] = (
         run=seen.another_way,
         means="the resume wasn't exact",
         cause="A managed run writes a line per step: its loss, and a hash of its data. After a crash the steps since"
-        " the last checkpoint are trained again, and should be the same. Other data: seed, sampler, batch size or number"
-        " of workers were changed, or the data was. Another loss on the same data: weights or random states aren't"
+        " the last checkpoint are trained again, and should be the same. Other data: seed, sampler, batch size or"
+        " workers were changed, or the data was. Another loss on the same data: weights or random states aren't"
         " those that were saved.",
         fix=(
             "lastgood diff the two checkpoints: what was changed between them",
