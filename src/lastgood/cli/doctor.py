@@ -188,11 +188,15 @@ def _report(disk: Disk | None, found: Sequence[Finding], looked_at: str) -> list
             out += [*_lines(finding), ""]
     more = {code: count - SHOWN for code, count in shown.items() if count > SHOWN}
     out += [f"{code}: {count} more like these (--json has them all)" for code, count in more.items()]
-    counts = [f"{n} {s}" for s in COLOURS if (n := sum(f.severity == s for f in found))]
+    counts = [_count(n, s) for s in COLOURS if (n := sum(f.severity == s for f in found))]
     good = (
         "" if disk is None else f"; a resume would take {disk.good.name}" if disk.good else "; nothing to resume from"
     )
     return [*out, f"{', '.join(counts)} in {looked_at}{good}"]
+
+
+def _count(number: int, severity: str) -> str:
+    return f"{number} {severity}" + ("s" if number > 1 and severity in ("error", "warning") else "")
 
 
 def _lines(finding: Finding) -> list[str]:

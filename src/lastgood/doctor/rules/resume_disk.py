@@ -102,7 +102,9 @@ def stateless(case: Case) -> Iterator[Sight]:
         names = disk.files(record)
         if names and STATE not in names and not _marks(names):
             kind, text = judge(disk.path(record))
-            why = "it looks like an exported model" if kind == "model" else "the save was interrupted"
+            why = "the save was interrupted"
+            if kind == "model":
+                why += " after the weights, or this is an exported model"
             yield _cut(case, record, f"{record.name} has no {STATE}: {why}", text)
 
 
