@@ -26,6 +26,7 @@ from lastgood.repo.run import read_head, read_run, start_run, write_head, write_
 from lastgood.repo.staging import Staging, failure, open_staging
 from lastgood.store import local
 from lastgood.talk import say, warn
+from lastgood.units import size
 
 RESERVE = 16 << 20
 """Bytes left free by a save, so that a manifest, a journal line and a deletion still fit (16 MiB)."""
@@ -294,13 +295,3 @@ def _carries(path: Path, run: str) -> bool:
         return run.encode() in local.read(path / "lastgood.json", 64 << 20)
     except OSError:
         return False
-
-
-def size(count: int) -> str:
-    """Bytes for people: 1.9 GiB."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} TiB"
