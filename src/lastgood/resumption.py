@@ -1,19 +1,20 @@
-"""What a run resumes from, looked at from outside: the checkpoint, and why not the others. Nothing is changed.
-
-A live run decides by the same order with `Manager.find`, which also moves what is damaged out of the way.
-"""
+"""What a run resumes from, looked at from outside: the checkpoint, and why not the others. Nothing is changed."""
 
 from __future__ import annotations
 
-from lastgood import policy
-from lastgood.errors import NoCheckpoint
 from lastgood.layouts import trainer
-from lastgood.manager import UNADOPTED
 from lastgood.model import TRAINERS, Record
+from lastgood.recovery import UNADOPTED, first_good, in_order
 from lastgood.rev import resolve
 from lastgood.view import View
 
+# Among a run's own checkpoints the live resume takes the same one, by the same functions. It differs in three things:
+# it holds the lock, so that it may move what is damaged out of the way, while from outside a husk may be a save in
+# progress; it refuses an adopted checkpoint of FSDP or DeepSpeed, which the set-up that wrote it can go on from; and it
+# names newer stock checkpoints unread, because reading them would delay the start.
+
 LAST = ("last", "latest", "auto")
+_WEIGHTS = "only its weights were kept"
 
 
 def choose(view: View, start: str, *, full: bool) -> tuple[Record | None, list[tuple[str, str]]]:
@@ -24,17 +25,18 @@ def choose(view: View, start: str, *, full: bool) -> tuple[Record | None, list[t
     elif view.layout in TRAINERS and not any(r.id and r.ours for r in view.records):
         return _stock(view)
     else:
-        own = sorted((r for r in view.records if r.ours and r.current), key=lambda r: -r.seq)
-        skipped += [(r.name, "only its weights were kept") for r in own if r.state == "weights"]
+        own = in_order(view.records, "last")
+        skipped += [(r.name, _WEIGHTS) for r in own if r.state == "weights"]
         candidates = [r for r in own if r.state == "full"]
-    for record in candidates:
-        faults = ("only its weights were kept",) if record.state == "weights" else view.problems(record, full=full)
-        if not faults:
-            newer = {r.name: r.step for r in view.records}
-            skipped += [(r.name, UNADOPTED) for r in newer_stock(view, record)] if start in LAST else []
-            return record, [s for s in skipped if newer.get(s[0], 0) >= record.step]
-        skipped.append((record.name, "; ".join(faults[:3])))
-    return None, skipped
+    choice = first_good(candidates, lambda record: view.problems(record, full=full), weights=_WEIGHTS)
+    skipped += choice.skipped
+    record = choice.record
+    if record is None:
+        return None, skipped
+    if start in LAST:
+        skipped += [(r.name, UNADOPTED) for r in newer_stock(view, record)]
+    steps = {r.name: r.step for r in view.records}
+    return record, [(name, why) for name, why in skipped if steps.get(name, 0) >= record.step]
 
 
 def newer_stock(view: View, record: Record) -> list[Record]:
@@ -58,17 +60,14 @@ def continued(view: View, record: Record) -> Record:
 
 def _asked_for(view: View, start: str) -> list[Record]:
     if start == "best" and view.monitor is not None and view.mode is not None:
-        return list(policy.ranking(view.records, view.monitor, view.mode))
+        return list(in_order(view.records, "best", monitor=view.monitor, mode=view.mode))
     return [resolve(start, view.records, monitor=view.monitor, mode=view.mode)]
 
 
 def _stock(view: View) -> tuple[Record | None, list[tuple[str, str]]]:
     names = {record.name: record for record in view.records}
     stocks = [trainer.inspect(view.root / name) for name in view.found if names[name].layout in TRAINERS]
-    try:
-        newest, skipped = trainer.choose(view.root, stocks)
-    except NoCheckpoint as error:
-        if "which one" in error.message:
-            raise
+    if not any(not stock.problems and not trainer.lacking(stock.path) for stock in stocks):
         return None, [(s.path.name, "; ".join(s.problems) or trainer.lacking(s.path)) for s in stocks]
+    newest, skipped = trainer.choose(view.root, stocks)
     return names[newest.path.name], [s for s in skipped if names[s[0]].step > newest.step]
