@@ -8,10 +8,11 @@ from lastgood.recovery import UNADOPTED, first_good, in_order
 from lastgood.rev import resolve
 from lastgood.view import View
 
-# Among a run's own checkpoints the live resume takes the same one, by the same functions. It differs in three things:
-# it holds the lock, so that it may move what is damaged out of the way, while from outside a husk may be a save in
-# progress; it refuses an adopted checkpoint of FSDP or DeepSpeed, which the set-up that wrote it can go on from; and it
-# names newer stock checkpoints unread, because reading them would delay the start.
+# Among a run's own checkpoints the live resume takes the same one, by the same functions. It differs where it has to:
+# - it holds the lock and moves what is damaged out of the way; from outside a husk may be a save in progress;
+# - it refuses an adopted checkpoint of FSDP or DeepSpeed, which the set-up that wrote it can go on from;
+# - it names newer stock checkpoints unread, for reading them would delay the start;
+# - it takes a step, or the best, from its own; here these may name any other too, to be resumed from by its path.
 
 LAST = ("last", "latest", "auto")
 _WEIGHTS = "only its weights were kept"
@@ -22,7 +23,7 @@ def choose(view: View, start: str, *, full: bool) -> tuple[Record | None, list[t
     skipped = [(r.name, r.problem) for r in view.records if r.state == "incomplete"]
     if start not in LAST:
         candidates = _asked_for(view, start)
-    elif view.layout in TRAINERS and not any(r.id and r.ours for r in view.records):
+    elif _is_stock(view):
         return _stock(view)
     else:
         own = in_order(view.records, "last")
@@ -64,10 +65,17 @@ def _asked_for(view: View, start: str) -> list[Record]:
     return [resolve(start, view.records, monitor=view.monitor, mode=view.mode)]
 
 
+def _is_stock(view: View) -> bool:
+    """Whether there is nothing to go on from but what a stock Trainer wrote; husks of managed saves don't count."""
+    tools = sorted({item.layout for item in view.found.values()})
+    return bool(tools) and tools[0] in TRAINERS and not any(r.id and r.ours for r in view.records)
+
+
 def _stock(view: View) -> tuple[Record | None, list[tuple[str, str]]]:
     names = {record.name: record for record in view.records}
+    husks = [(r.name, r.problem) for r in view.records if r.state == "incomplete" and r.name not in view.found]
     stocks = [trainer.inspect(view.root / name) for name in view.found if names[name].layout in TRAINERS]
     if not any(not stock.problems and not trainer.lacking(stock.path) for stock in stocks):
-        return None, [(s.path.name, "; ".join(s.problems) or trainer.lacking(s.path)) for s in stocks]
+        return None, [*husks, *((s.path.name, "; ".join(s.problems) or trainer.lacking(s.path)) for s in stocks)]
     newest, skipped = trainer.choose(view.root, stocks)
-    return names[newest.path.name], [s for s in skipped if names[s[0]].step > newest.step]
+    return names[newest.path.name], [s for s in (*husks, *skipped) if names[s[0]].step > newest.step]
