@@ -17,6 +17,7 @@ from lastgood import policy
 from lastgood.errors import LastgoodError, NoCheckpoint, NotEnoughSpace, NotSupported, RunLocked, SaveFailed
 from lastgood.model import Head, Record, Span, extend, going_on, next_seq
 from lastgood.policy import Keep
+from lastgood.recovery import UNADOPTED, first_good, in_order
 from lastgood.repo import bin, gc, journal, layout, metrics, verify
 from lastgood.repo.commit import commit
 from lastgood.repo.lock import RunLock
@@ -26,10 +27,10 @@ from lastgood.repo.run import read_head, read_run, start_run, write_head, write_
 from lastgood.repo.staging import Staging, failure, open_staging
 from lastgood.store import local
 from lastgood.talk import say, warn
+from lastgood.units import size
 
 RESERVE = 16 << 20
 """Bytes left free by a save, so that a manifest, a journal line and a deletion still fit (16 MiB)."""
-UNADOPTED = "written without lastgood: `lastgood adopt` takes it into the run"
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,39 +246,23 @@ class Manager:
         everything = self.records()
         skipped = [(r.name, r.problem or r.state) for r in everything if r.state in ("incomplete", "foreign")]
         damaged = [r.name for r in everything if r.state == "incomplete"]
-        candidates = self._candidates(everything, what)
-        for record in candidates:
-            if full and record.state != "full":
-                skipped.append((record.name, "holds the weights alone"))
-                continue
-            faults = verify.problems(self.root, record, full=self.verify == "full")
-            if not faults:
-                if what == "last":
-                    stock = [r for r in everything if r.state == "stock" and r.step > record.step]
-                    skipped += [(r.name, UNADOPTED) for r in stock]
-                return Found(record, tuple(skipped), tuple(damaged))
-            skipped.append((record.name, "; ".join(faults[:3])))
-            damaged.append(record.name)
-            if isinstance(what, int):
-                break
+        choice = first_good(
+            in_order(everything, what, monitor=self.keep.monitor, mode=self.keep.mode),
+            lambda record: verify.problems(self.root, record, full=self.verify == "full"),
+            weights="holds the weights alone" if full else "",
+            fall_back=not isinstance(what, int),
+        )
+        skipped += choice.skipped
+        if choice.record is not None:
+            record = choice.record
+            if what == "last":
+                skipped += [(r.name, UNADOPTED) for r in everything if r.state == "stock" and r.step > record.step]
+            return Found(record, tuple(skipped), (*damaged, *choice.damaged))
         listing = "".join(f"\n  {name}: {reason}" for name, reason in skipped)
         raise NoCheckpoint(
             f"{self.root} has no good checkpoint for {what!r}{listing}",
             hint="resume_from_checkpoint='auto' takes the newest good one, False starts afresh",
         )
-
-    def _candidates(self, everything: tuple[Record, ...], what: Literal["last", "best"] | int) -> list[Record]:
-        own = sorted((r for r in everything if r.ours and r.current), key=lambda r: -r.seq)
-        if what == "last":
-            return own
-        if what == "best":
-            if self.keep.monitor is None or self.keep.mode is None:
-                raise NoCheckpoint(
-                    "which checkpoint is the best is not defined: there is no metric",
-                    hint="set metric_for_best_model and greater_is_better",
-                )
-            return list(policy.ranking(everything, self.keep.monitor, self.keep.mode))
-        return list(policy.at_step(everything, what))
 
     def quarantine(self, names: tuple[str, ...]) -> None:
         """Move checkpoints of this run that failed verification out of the way; their bytes are kept for a look."""
@@ -294,13 +279,3 @@ def _carries(path: Path, run: str) -> bool:
         return run.encode() in local.read(path / "lastgood.json", 64 << 20)
     except OSError:
         return False
-
-
-def size(count: int) -> str:
-    """Bytes for people: 1.9 GiB."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} TiB"

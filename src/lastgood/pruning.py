@@ -14,12 +14,13 @@ import msgspec
 from lastgood import policy
 from lastgood.errors import NotEnoughSpace, Refused, UsageError
 from lastgood.layouts.found import modified
-from lastgood.manager import RESERVE, size
+from lastgood.manager import RESERVE
 from lastgood.model import TRAINERS, Record
 from lastgood.policy import Decision, Keep
 from lastgood.repo import gc
 from lastgood.repo.read import records
 from lastgood.store import local
+from lastgood.units import size
 from lastgood.view import View
 
 LATELY = 120.0

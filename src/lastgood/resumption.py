@@ -1,19 +1,22 @@
-"""What a run resumes from, looked at from outside: the checkpoint, and why not the others. Nothing is changed.
-
-A live run decides by the same order with `Manager.find`, which also moves what is damaged out of the way.
-"""
+"""What a run resumes from, looked at from outside: the checkpoint, and why not the others. Nothing is changed."""
 
 from __future__ import annotations
 
-from lastgood import policy
 from lastgood.layouts import trainer
 from lastgood.layouts.progress import one_run
-from lastgood.manager import UNADOPTED
 from lastgood.model import TRAINERS, Record
+from lastgood.recovery import UNADOPTED, first_good, in_order
 from lastgood.rev import resolve
 from lastgood.view import View
 
+# Among a run's own checkpoints the live resume takes the same one, by the same functions. It differs where it has to:
+# - it holds the lock and moves what is damaged out of the way; from outside a husk may be a save in progress;
+# - it refuses an adopted checkpoint of FSDP or DeepSpeed, which the set-up that wrote it can go on from;
+# - it names newer stock checkpoints unread, for reading them would delay the start;
+# - it takes a step, or the best, from its own; here these may name any other too, to be resumed from by its path.
+
 LAST = ("last", "latest", "auto")
+_WEIGHTS = "only its weights were kept"
 
 
 def choose(view: View, start: str, *, full: bool) -> tuple[Record | None, list[tuple[str, str]]]:
@@ -21,20 +24,21 @@ def choose(view: View, start: str, *, full: bool) -> tuple[Record | None, list[t
     skipped = [(r.name, r.problem) for r in view.records if r.state == "incomplete"]
     if start not in LAST:
         candidates = _asked_for(view, start)
-    elif view.layout in TRAINERS and not any(r.id and r.ours for r in view.records):
+    elif _is_stock(view):
         return _stock(view, full)
     else:
-        own = sorted((r for r in view.records if r.ours and r.current), key=lambda r: -r.seq)
-        skipped += [(r.name, "only its weights were kept") for r in own if r.state == "weights"]
+        own = in_order(view.records, "last")
+        skipped += [(r.name, _WEIGHTS) for r in own if r.state == "weights"]
         candidates = [r for r in own if r.state == "full"]
-    for record in candidates:
-        faults = ("only its weights were kept",) if record.state == "weights" else view.problems(record, full=full)
-        if not faults:
-            newer = {r.name: r.step for r in view.records}
-            skipped += [(r.name, UNADOPTED) for r in newer_stock(view, record)] if start in LAST else []
-            return record, [s for s in skipped if newer.get(s[0], 0) >= record.step]
-        skipped.append((record.name, "; ".join(faults[:3])))
-    return None, skipped
+    choice = first_good(candidates, lambda record: view.problems(record, full=full), weights=_WEIGHTS)
+    skipped += choice.skipped
+    record = choice.record
+    if record is None:
+        return None, skipped
+    if start in LAST:
+        skipped += [(r.name, UNADOPTED) for r in newer_stock(view, record)]
+    steps = {r.name: r.step for r in view.records}
+    return record, [(name, why) for name, why in skipped if steps.get(name, 0) >= record.step]
 
 
 def newer_stock(view: View, record: Record) -> list[Record]:
@@ -58,8 +62,14 @@ def continued(view: View, record: Record) -> Record:
 
 def _asked_for(view: View, start: str) -> list[Record]:
     if start == "best" and view.monitor is not None and view.mode is not None:
-        return list(policy.ranking(view.records, view.monitor, view.mode))
+        return list(in_order(view.records, "best", monitor=view.monitor, mode=view.mode))
     return [resolve(start, view.records, monitor=view.monitor, mode=view.mode)]
+
+
+def _is_stock(view: View) -> bool:
+    """Whether there is nothing to go on from but what a stock Trainer wrote; husks of managed saves don't count."""
+    tools = sorted({item.layout for item in view.found.values()})
+    return bool(tools) and tools[0] in TRAINERS and not any(r.id and r.ours for r in view.records)
 
 
 def _stock(view: View, full: bool) -> tuple[Record | None, list[tuple[str, str]]]:
@@ -67,22 +77,21 @@ def _stock(view: View, full: bool) -> tuple[Record | None, list[tuple[str, str]]
 
     Raises NoCheckpoint where two runs share the directory.
     """
-    order = sorted((r for r in view.records if r.layout in TRAINERS), key=lambda r: -r.step)
-    skipped: list[tuple[str, str]] = []
+    names = {record.name: record for record in view.records}
+    skipped = [(r.name, r.problem) for r in view.records if r.state == "incomplete" and r.name not in view.found]
+    order = sorted((names[name] for name in view.found if names[name].layout in TRAINERS), key=lambda r: -r.step)
     for place, record in enumerate(order):
         path = view.path(record)
         reason = "; ".join(trainer.problems(path, full=full)) or trainer.lacking(path)
         if not reason:
-            if one_run(path, [view.path(older) for older in order[place + 1 :]]):
-                return record, skipped
-            return _exactly(view)
+            if not one_run(path, [view.path(older) for older in order[place + 1 :]]):
+                _one_run_exactly(view)
+            return record, [(name, why) for name, why in skipped if names[name].step > record.step]
         skipped.append((record.name, reason))
     return None, skipped
 
 
-def _exactly(view: View) -> tuple[Record | None, list[tuple[str, str]]]:
-    """The same by reading everything: some log doesn't begin like the others."""
-    names = {record.name: record for record in view.records}
-    stocks = [trainer.inspect(view.root / name) for name in view.found if names[name].layout in TRAINERS]
-    newest, skipped = trainer.choose(view.root, stocks)
-    return names[newest.path.name], [s for s in skipped if names[s[0]].step > newest.step]
+def _one_run_exactly(view: View) -> None:
+    """By reading everything, for some log doesn't begin like the others. Raises NoCheckpoint where it is another's."""
+    stocks = [trainer.inspect(view.root / name) for name, item in view.found.items() if item.layout in TRAINERS]
+    trainer.choose(view.root, stocks)

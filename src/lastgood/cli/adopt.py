@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import click
 
+from lastgood import units
 from lastgood.adoption import candidates
 from lastgood.cli import text
 from lastgood.cli.held import confirm, held
@@ -44,9 +45,9 @@ def adopt(root: str | None, run: str | None, dry_run: bool, yes: bool) -> None:
         if len(chains) > 1:
             click.echo(f"{len(chains)} runs share the directory; the one that came furthest becomes current", err=True)
         if dry_run:
-            click.echo(f"would hash {text.size(total)} and write {len(chosen)} manifests", err=True)
+            click.echo(f"would hash {units.size(total)} and write {len(chosen)} manifests", err=True)
             return
-        confirm(f"hash {text.size(total)} and write {len(chosen)} manifests?", yes)
+        confirm(f"hash {units.size(total)} and write {len(chosen)} manifests?", yes)
         with _progress(total) as advance:
             give_manifests(path, chains, progress=advance)
         click.echo(f"adopted {len(chosen)} checkpoints; `lastgood log` lists them", err=True)

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from lastgood import checkout as copying
+from lastgood import units
 from lastgood.cli import text
 from lastgood.cli.place import REV, new_place, pick, place, run_option
 from lastgood.cli.verify import _progress
@@ -67,7 +68,7 @@ def _plain(view: View, record: Record, directory: Path, dtype: str | None) -> No
         copying.copy(view.path(record), record, names, staging, progress=advance)
         if dtype is not None:
             _cast(staging, dtype)
-    _done(record, directory, f"{len(names)} files, {text.size(total)}" + (f", as {dtype}" if dtype else ""))
+    _done(record, directory, f"{len(names)} files, {units.size(total)}" + (f", as {dtype}" if dtype else ""))
 
 
 def _sound(view: View, record: Record, names: list[str]) -> None:

@@ -9,8 +9,7 @@ from typing import Any
 
 import click
 
-from lastgood import policy
-from lastgood.cli import text
+from lastgood import policy, units
 from lastgood.cli.place import run_at, run_option
 from lastgood.cli.table import Column, Row, Style, choose, emit, emit_json, lines, options, ordered, terminal_width
 from lastgood.forecast import Forecast, forecast
@@ -147,7 +146,7 @@ def _disk(view: View) -> dict[str, Any]:
     limits = quota(view.root)
     left = free if limits is None else min(free, max(0, limits[1] - limits[0]))
     guess = _forecast(view, left)
-    when = "" if guess.seconds is None else f", about {text.span(guess.seconds)} at the pace of the last ones"
+    when = "" if guess.seconds is None else f", about {units.span(guess.seconds)} at the pace of the last ones"
     return {
         "mount": str(_mount(view.root)),
         "total": total,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lastgood import units
 from lastgood.cli import text
 from lastgood.cli.place import is_run, run_option
 from lastgood.cli.table import Style, emit, emit_json, forms, terminal_width
@@ -128,12 +129,12 @@ def _metrics(word: str, monitor: str | None) -> dict[str, Any]:
 def _numbers(given: dict[str, Any]) -> dict[str, Any]:
     """Sizes, times and rates as numbers; a whole number of steps as one."""
     kinds: dict[str, tuple[Callable[[str], float], str]] = {
-        "disk": (text.parse_size, "a size: 2TB, 500GiB"),
-        "used": (text.parse_size, "a size: 2TB, 500GiB"),
-        "bandwidth": (_rate, "a rate: 1GB/s, 200MiB/s"),
-        "step_time": (_seconds, "a time: 1.2s, 300ms"),
-        "mtbf": (_seconds, "a time: 1d, 12h"),
-        "restart": (_seconds, "a time: 5m, 90s"),
+        "disk": (units.parse_size, "a size: 2TB, 500GiB"),
+        "used": (units.parse_size, "a size: 2TB, 500GiB"),
+        "bandwidth": (units.parse_rate, "a rate: 1GB/s, 200MiB/s"),
+        "step_time": (units.parse_duration, "a time: 1.2s, 300ms"),
+        "mtbf": (units.parse_duration, "a time: 1d, 12h"),
+        "restart": (units.parse_duration, "a time: 5m, 90s"),
     }
     found: dict[str, Any] = {}
     for name, (parse, expected) in kinds.items():
@@ -147,15 +148,6 @@ def _numbers(given: dict[str, Any]) -> dict[str, Any]:
         if name in given and given[name] == int(given[name]):
             found[name] = int(given[name])
     return found
-
-
-def _rate(word: str) -> float:
-    return float(text.parse_size(word.strip().removesuffix("/s")))
-
-
-def _seconds(word: str) -> float:
-    word = word.strip().lower()
-    return float(word.removesuffix("ms")) / 1000 if word.endswith("ms") else text.parse_duration(word)
 
 
 def _replayed(root: str | None, run: str | None, style: Style, given: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lastgood import units
 from lastgood.cli import text
 from lastgood.cli.table import Column, Style, lines, terminal_width
 from lastgood.planner.outcome import Crash, Outcome
@@ -148,7 +149,7 @@ def _verdicts(outcomes: Sequence[Outcome], crashes: Sequence[Crash | None]) -> l
             continue
         again = f"{crash.lost_steps} steps again" if crash.lost_steps else "nothing is done again"
         if crash.lost_seconds:
-            again += f", {text.span(crash.lost_seconds)}"
+            again += f", {units.span(crash.lost_seconds)}"
         none = "start afresh" if outcome.system == "lastgood" else "resume FAILS"
         where = none if crash.resume is None else f"resume {crash.resume}"
         said = [f"{where} ({again}): {crash.why_resume}"]
@@ -165,10 +166,10 @@ def _often(plan: Plan) -> list[str]:
     found = plan.frequency
     out = [f"a save every {found.interval:g} steps: a failure costs {found.redone:g} steps on average"]
     if found.failures is not None and found.lost is not None:
-        out[0] += f"; {found.failures:,.1f} failures expected, {text.span(found.lost)} done again"
+        out[0] += f"; {found.failures:,.1f} failures expected, {units.span(found.lost)} done again"
     if found.cost is not None:
         share = "" if found.overhead is None else f", {100 * found.overhead:.1f} % of the time"
-        out.append(f"a save takes {text.span(found.cost)}{share}")
+        out.append(f"a save takes {units.span(found.cost)}{share}")
     if found.young is not None and found.daly is not None:
         waste = "" if found.waste is None else f"; with failures {100 * found.waste:.1f} % of the time is lost"
         out.append(f"best interval: {max(1, found.daly):.0f} steps (Daly; Young: {max(1, found.young):.0f}){waste}")

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from lastgood import units
 from lastgood.cli import text
 from lastgood.cli.held import confirm, held
 from lastgood.cli.place import run_at, run_option
@@ -104,14 +105,14 @@ def prune(
 
 def _size(word: str) -> int:
     try:
-        return text.parse_size(word)
+        return units.parse_size(word)
     except ValueError:
         raise UsageError(f"--to-free {word!r} is not a size", hint="200GB, 1.5TiB, 500MiB") from None
 
 
 def _duration(word: str) -> float:
     try:
-        return text.parse_duration(word)
+        return units.parse_duration(word)
     except ValueError:
         raise UsageError(f"--keep-within {word!r} is not a time", hint="2d, 36h, 90m") from None
 
@@ -121,7 +122,7 @@ def _damaged(name: str, fault: str) -> None:
 
 
 def told(total: int, free_now: bool) -> None:
-    said = f"freed {text.size(total)}" if free_now else f"moved {text.size(total)} to the trash"
+    said = f"freed {units.size(total)}" if free_now else f"moved {units.size(total)} to the trash"
     rest = "" if free_now else "; `lastgood undo` brings it back, `lastgood prune --empty-trash` frees the space"
     click.echo(said + rest, err=True)
 

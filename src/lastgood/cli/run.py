@@ -13,9 +13,9 @@ from lastgood.adoption import candidates
 from lastgood.cli import text
 from lastgood.cli.place import run_option
 from lastgood.errors import NoCheckpoint, RunLocked, UsageError
-from lastgood.manager import UNADOPTED
 from lastgood.model import TRAINERS, Record
 from lastgood.pruning import Scope, plan
+from lastgood.recovery import UNADOPTED
 from lastgood.repo import gc
 from lastgood.repo.adopt import adopt
 from lastgood.repo.lock import RunLock

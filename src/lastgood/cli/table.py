@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
+from lastgood import units
 from lastgood.cli import text
 from lastgood.errors import UsageError
 
@@ -42,7 +43,7 @@ class Style(msgspec.Struct, frozen=True):
     def size(self, count: int | None) -> str:
         if count is None:
             return "-"
-        return str(count) if self.bytes or not self.header else text.size(count, si=self.si)
+        return str(count) if self.bytes or not self.header else units.size(count, si=self.si)
 
 
 def options(function: F) -> F:

@@ -1,27 +1,11 @@
-"""Values as people read them: sizes, ages, numbers, and names that may be hostile."""
+"""Values as people read them: ages, numbers, and names that may be hostile."""
 
 from __future__ import annotations
 
-import functools
 import time
 import unicodedata
 
-_IEC = ("KiB", "MiB", "GiB", "TiB", "PiB")
-_SI = ("kB", "MB", "GB", "TB", "PB")
-
-
-@functools.lru_cache(maxsize=1024)
-def size(count: int, *, si: bool = False) -> str:
-    """1.9 GiB; si: 2.0 GB."""
-    base = 1000 if si else 1024
-    if abs(count) < base:
-        return f"{count} B"
-    value = float(count)
-    for unit in _SI if si else _IEC:
-        value /= base
-        if abs(value) < 999.95:
-            return f"{value:.1f} {unit}"
-    return f"{value:.1f} {(_SI if si else _IEC)[-1]}"
+from lastgood.units import span
 
 
 def files(count: int) -> str:
@@ -34,48 +18,11 @@ def is_timing(metric: str) -> bool:
     return metric.endswith(("_runtime", "_per_second", "_preparation_time"))
 
 
-def parse_size(text: str) -> int:
-    """Bytes of 200GB, 1.5 TiB, 4096. Raises ValueError."""
-    word = text.strip().replace(" ", "").upper().removesuffix("B")
-    for power, letter in enumerate("KMGTP", 1):
-        for suffix, base in ((f"{letter}I", 1024), (letter, 1000)):
-            if word.endswith(suffix):
-                return _bytes(float(word.removesuffix(suffix)) * base**power, text)
-    return _bytes(float(word), text)
-
-
-def _bytes(value: float, text: str) -> int:
-    if not 0 <= value < 1 << 62:
-        raise ValueError(f"{text} is out of range")
-    return int(value)
-
-
-def parse_duration(text: str) -> float:
-    """Seconds of 2d, 36h, 90m, 30s, 1w. Raises ValueError."""
-    units = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
-    word = text.strip().lower()
-    if not word or word[-1] not in units:
-        raise ValueError(f"{text!r} has no unit")
-    value = float(word[:-1]) * units[word[-1]]
-    if not 0 <= value < 1e12:
-        raise ValueError(f"{text} is out of range")
-    return value
-
-
 def age(then: float, now: float | None = None) -> str:
     """How long ago, in at most five characters: 3m, 2h, 5d; `-` if nobody knows, `0s` for the future."""
     if then <= 0:
         return "-"
     return span((time.time() if now is None else now) - then)
-
-
-def span(seconds: float) -> str:
-    """A duration in its largest unit."""
-    seconds = max(0.0, seconds)
-    for limit, divisor, unit in ((60, 1, "s"), (3600, 60, "m"), (172800, 3600, "h"), (86400 * 1000, 86400, "d")):
-        if seconds < limit:
-            return f"{int(seconds / divisor)}{unit}"
-    return f"{int(seconds / 31557600)}y"
 
 
 def number(value: float | None) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from lastgood import policy
+from lastgood import policy, units
 from lastgood.cli import text
 from lastgood.cli.checkout import need_torch
 from lastgood.cli.held import confirm, held
@@ -45,7 +45,7 @@ def import_(source: Path, run: Path, step: int | None, yes: bool) -> None:
         faults = scan.problems(item.path, item.layout, full=True)
         if faults:
             raise CorruptCheckpoint(f"{item.path} is damaged: {'; '.join(faults[:3])}", hint="import another one")
-        click.echo(f"IMPORT  {text.plain(item.path.name)}  {item.layout}, {text.size(item.size)}")
+        click.echo(f"IMPORT  {text.plain(item.path.name)}  {item.layout}, {units.size(item.size)}")
     if len(found) > 1:
         confirm(f"bring {len(found)} checkpoints into {text.plain(str(run))}?", yes)
     run.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def import_(source: Path, run: Path, step: int | None, yes: bool) -> None:
         for item in found:
             record = _bring(item, run, step, record)
             click.echo(
-                f"{text.plain(item.path.name)} -> {record.name} ({record.state}, {text.size(record.size)})", err=True
+                f"{text.plain(item.path.name)} -> {record.name} ({record.state}, {units.size(record.size)})", err=True
             )
         goes_on = policy.latest(records(run))
         if record is not None and goes_on is not None and not _imported(goes_on):

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from lastgood import units
 from lastgood.cli import text
 from lastgood.cli.log import foot, listing, log_columns, title
 from lastgood.cli.place import run_at, run_option
@@ -61,7 +62,7 @@ def _screen(path: Path, height: int) -> Any:
     free, _ = local.free(path)
     said = [Text(title(path, head, rows), style="bold"), Text(_writer(path))]
     tail = [Text(line) for line in foot(path, head, rows, rows[:room])]
-    return Group(*said, table, *tail, Text(f"{text.size(free)} free"), *[Text(_event(event)) for event in events])
+    return Group(*said, table, *tail, Text(f"{units.size(free)} free"), *[Text(_event(event)) for event in events])
 
 
 def _writer(path: Path) -> str:

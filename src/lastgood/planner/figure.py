@@ -8,11 +8,13 @@ from typing import Any
 from lastgood.errors import UsageError
 from lastgood.planner.outcome import Crash, Outcome
 from lastgood.planner.plan import Plan
+from lastgood.units import size
 
 KINDS = (".png", ".svg", ".pdf")
 COLOURS = {"lastgood": "#1b6ca8", "Trainer": "#d1603d", "Trainer, load_best": "#7a4fa3"}
 PALE, BEST, CRASH, LIMIT = 0.35, "#e8a200", "#333333", "#b00020"
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+"""Of the axis of bytes, by powers of 1024."""
 
 
 def draw(plan: Plan, path: Path) -> None:
@@ -45,16 +47,8 @@ def draw(plan: Plan, path: Path) -> None:
 
 
 def _title(plan: Plan) -> str:
-    about = f"{plan.model}, {plan.training.train}, {plan.training.optim}: {_bytes(plan.sizes.full)} a checkpoint"
+    about = f"{plan.model}, {plan.training.train}, {plan.training.optim}: {size(plan.sizes.full)} a checkpoint"
     return f"{about}\n{plan.lastgood.policy}"
-
-
-def _bytes(count: float) -> str:
-    for unit in UNITS:
-        if count < 1024 or unit == UNITS[-1]:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return ""
 
 
 def _use(axis: Any, plan: Plan) -> None:
@@ -75,12 +69,12 @@ def _use(axis: Any, plan: Plan) -> None:
         held.append(held[-1])
         colour, style = COLOURS[outcome.name], "-" if outcome.system == "lastgood" else "--"
         names = " = ".join(o.name for o in same)
-        axis.plot(steps, held, style, color=colour, lw=1.4, label=f"{names}: peak {_bytes(outcome.peak)}")
+        axis.plot(steps, held, style, color=colour, lw=1.4, label=f"{names}: peak {size(outcome.peak)}")
         if outcome.peak_at is not None:
             axis.plot([outcome.peak_at], [outcome.peak / scale], "v", color=colour, ms=6, zorder=4)
     room = None if plan.machine.disk is None else (plan.machine.disk - plan.machine.used) / scale
     if room is not None and room < 3 * top / scale:
-        axis.axhline(room, color=LIMIT, lw=1.2, ls=":", label=f"room on the disk: {_bytes(room * scale)}")
+        axis.axhline(room, color=LIMIT, lw=1.2, ls=":", label=f"room on the disk: {size(round(room * scale))}")
     crash = plan.lastgood.crash
     if crash is not None:
         axis.axvline(crash.step, color=CRASH, lw=1, ls="-.", label=f"crash at step {crash.step}")

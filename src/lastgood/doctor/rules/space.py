@@ -11,7 +11,8 @@ from lastgood.doctor.case import Case
 from lastgood.doctor.log import Raised
 from lastgood.doctor.rule import Rule, Sight
 from lastgood.doctor.rules import moments, space_disk
-from lastgood.manager import RESERVE, size
+from lastgood.manager import RESERVE
+from lastgood.units import size
 
 
 def _full(case: Case, raised: Raised, match: re.Match[str]) -> Iterator[Sight]:

@@ -13,7 +13,7 @@ from lastgood.doctor.disk import Disk
 from lastgood.doctor.rule import Sight
 from lastgood.doctor.rules.distributed_disk import unfinished
 from lastgood.errors import LastgoodError
-from lastgood.manager import RESERVE, size
+from lastgood.manager import RESERVE
 from lastgood.model import TRAINERS, Record, finite, stripped
 from lastgood.policy import Keep
 from lastgood.repo import bin, gc
@@ -21,6 +21,7 @@ from lastgood.schedule import absolute_steps, total_steps
 from lastgood.simulate import Save, simulate
 from lastgood.store import local
 from lastgood.store.quota import quota
+from lastgood.units import size
 
 TAIL, AHEAD = 16, 48
 """Saves behind and ahead that are played through; what comes later is reckoned from the growth of these."""
