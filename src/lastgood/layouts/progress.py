@@ -82,9 +82,16 @@ def one_run(newest: Path, others: Iterable[Path]) -> bool:
     All were written by the same library in the same form, so this needs no parsing: that would take the square of
     the number of checkpoints.
     """
-    log = _outline(newest / STATE)
+    last = _outline(newest / STATE)
+    if last is None:
+        return False
+    seen = {last.global_step}
     for other in others:
         earlier = _outline(other / STATE)
-        if log is None or earlier is None or not log.log_history.startswith(earlier.log_history.rstrip(b" \n]")):
+        # A copy of a checkpoint under another number is a run of its own, of which nobody knows what it is.
+        if earlier is None or earlier.global_step in seen or earlier.global_step > last.global_step:
             return False
+        if not last.log_history.startswith(earlier.log_history.rstrip(b" \n]")):
+            return False
+        seen.add(earlier.global_step)
     return True
