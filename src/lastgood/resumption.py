@@ -85,13 +85,14 @@ def _stock(view: View, full: bool) -> tuple[Record | None, list[tuple[str, str]]
         reason = "; ".join(trainer.problems(path, full=full)) or trainer.lacking(path)
         if not reason:
             if not one_run(path, [view.path(older) for older in order[place + 1 :]]):
-                _one_run_exactly(view)
+                record = _exactly(view)
             return record, [(name, why) for name, why in skipped if names[name].step > record.step]
         skipped.append((record.name, reason))
     return None, skipped
 
 
-def _one_run_exactly(view: View) -> None:
-    """By reading everything, for some log doesn't begin like the others. Raises NoCheckpoint where it is another's."""
+def _exactly(view: View) -> Record:
+    """The same by reading everything, for some log doesn't begin like the others. Raises NoCheckpoint."""
+    names = {record.name: record for record in view.records}
     stocks = [trainer.inspect(view.root / name) for name, item in view.found.items() if item.layout in TRAINERS]
-    trainer.choose(view.root, stocks)
+    return names[trainer.choose(view.root, stocks)[0].path.name]
