@@ -84,9 +84,9 @@ def _stock(view: View, full: bool) -> tuple[Record | None, list[tuple[str, str]]
         path = view.path(record)
         reason = "; ".join(trainer.problems(path, full=full)) or trainer.lacking(path)
         if not reason:
-            if not one_run(path, [view.path(older) for older in order[place + 1 :]]):
-                record = _exactly(view)
-            return record, [(name, why) for name, why in skipped if names[name].step > record.step]
+            alone = one_run(path, [view.path(older) for older in order[place + 1 :]])
+            taken = record if alone else _exactly(view)
+            return taken, [(name, why) for name, why in skipped if names[name].step > taken.step]
         skipped.append((record.name, reason))
     return None, skipped
 
