@@ -9,14 +9,18 @@ range.
 from __future__ import annotations
 
 import argparse
+import functools
+import io
 import json
 import os
+import pickle
 import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -24,7 +28,7 @@ from statistics import median
 from blake3 import blake3
 
 from lastgood.format import manifest as codec
-from lastgood.format.tensors import Tensor
+from lastgood.format.tensors import Tensor, encode
 from lastgood.manager import Manager
 from lastgood.model import Record
 from lastgood.policy import Keep
@@ -150,6 +154,52 @@ def listings(where: Path, count: int, number: int) -> None:
         print(said(label, values))
 
 
+def stock(root: Path, count: int) -> Path:
+    """Checkpoints as a stock Trainer leaves them, small, each with the log of the whole run so far: two rows a save."""
+    tree, data = io.BytesIO(), memoryview(bytes(64))
+    with zipfile.ZipFile(tree, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"state": {0: 1}}, protocol=2))
+        archive.writestr("archive/version", "3\n")
+    weights = b"".join(bytes(part) for part in encode([Tensor("w", "U8", (64,), data)])[1])
+    archives = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin")
+    rows: list[dict[str, float]] = []
+    for n in range(1, count + 1):
+        home, step = root / f"checkpoint-{n * 10}", n * 10
+        home.mkdir(parents=True)
+        rows.append({"epoch": n / 100, "grad_norm": 1.0 + n, "learning_rate": 1e-5, "loss": 2.0 + 1 / n, "step": step})
+        rows.append({"epoch": n / 100, "eval_loss": 2.1 + 1 / n, "eval_runtime": 1.0, "step": step})
+        (home / "model.safetensors").write_bytes(weights)
+        (home / "config.json").write_text('{"model_type": "gpt2"}')
+        for name in archives:
+            (home / name).write_bytes(tree.getvalue())
+        state = {"epoch": n / 100, "global_step": step, "log_history": rows, "max_steps": 10 * count}
+        (home / "trainer_state.json").write_text(json.dumps(state, indent=2))
+    return root
+
+
+def advising(where: Path, count: int) -> None:
+    """plan with 1,000 saves under several policies, doctor on 1,000 checkpoints, beside the smallest command."""
+    ours, theirs = str(copies(managed(where / "few", 1), where / "ours", 1000)), str(stock(where / "theirs", 1000))
+    plan = [*LASTGOOD, "plan", "--model", "13B", "--max-steps", "10000", "--save-steps", "10", "--eval-steps", "10"]
+    policies = {
+        "everything kept": [],
+        "--save-total-limit 3": ["--save-total-limit", "3", "--compare", "stock"],
+        "--keep-last 2 --keep-best 3": ["--keep-last", "2", "--keep-best", "3"],
+        "--keep-last 2 --keep-every 100": ["--keep-last", "2", "--keep-every", "100"],
+        "--keep-full 2": ["--keep-full", "2"],
+    }
+    tasks = {f"plan {name}": [*plan, *words] for name, words in policies.items()}
+    tasks |= {"doctor, managed": [*LASTGOOD, "doctor", ours], "doctor, stock": [*LASTGOOD, "doctor", theirs]}
+    found = rounds(
+        count,
+        version=lambda: seconds([*LASTGOOD, "--version"]),
+        **{name: functools.partial(seconds, words) for name, words in tasks.items()},
+    )
+    print("1,000 saves planned, 1,000 checkpoints examined")
+    for name, values in found.items():
+        print(said(name, values), f"  {median(values) / median(found['version']):.1f}x of --version")
+
+
 def verifying(where: Path, count: int, megabytes: int) -> None:
     """verify --full against reading the same files, and against hashing as much from memory."""
     block = os.urandom(1 << 20)
@@ -262,6 +312,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         where = Path(name)
         start_up(where, given.rounds)
+        advising(where, given.rounds)
         listings(where, given.rounds, given.checkpoints)
         verifying(where, given.rounds, given.megabytes)
         memory(where)

@@ -1,7 +1,7 @@
 """The runs that the pages' terminal sessions are about: real fine-tunes of a tiny GPT-2, on the CPU, in seconds.
 
     python docs/runs.py PLACE     makes PLACE/out, PLACE/stock, PLACE/lora, PLACE/base, PLACE/train.py,
-    PLACE/resume.py and PLACE/args.yaml
+    PLACE/resume.py, PLACE/finish.py and PLACE/args.yaml
 
 out    managed: killed in the save of step 350, resumed, killed again, resumed from step 300 as a branch
 stock  without lastgood: killed in the save of step 250
@@ -51,6 +51,15 @@ RESUME = '''"""The next start of the script that was killed in a save, without l
 from runs import trainer_for
 
 trainer_for("stock", until=300).train(resume_from_checkpoint=True)
+'''
+FINISH = '''"""The script of the managed run; another seed on the command line is another order of the data."""
+
+import sys
+
+from runs import managed
+
+trainer = managed(learning_rate=5e-4, hyperparameters="new", seed=int((sys.argv[1:] or [7])[0]))
+trainer.train(resume_from_checkpoint="auto")
 '''
 ARGUMENTS = """\
 output_dir: out
@@ -178,8 +187,10 @@ def prepare(place: Path) -> None:
         assert found.returncode == expected, (
             f"{phase}: {found.returncode}\n{found.stdout[-3000:]}{found.stderr[-3000:]}"
         )
-    for name, text in (("train.py", SCRIPT), ("resume.py", RESUME), ("args.yaml", ARGUMENTS)):
+    for name, text in (("train.py", SCRIPT), ("resume.py", RESUME), ("finish.py", FINISH), ("args.yaml", ARGUMENTS)):
         (place / name).write_text(text)
+    for path in [place / "stock", *(place / "stock").rglob("*")]:  # it died an hour ago: nobody is writing there
+        os.utime(path, (path.stat().st_mtime - 3600,) * 2)
 
 
 if __name__ == "__main__":

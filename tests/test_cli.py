@@ -728,3 +728,11 @@ def test_a_long_listing_is_remembered_until_something_changes(tmp_path: Path) ->
         best()
     said(0, "-C", root, "prune", "--keep-last", "1", "--keep-best", "1", "--yes")
     best()
+
+
+@pytest.mark.parametrize("kind", ["dcp_run", "accelerate_run", "lightning_run"])
+def test_I11_prune_stock_is_about_the_trainers_checkpoints_alone(kind: str, real: Callable[[str], Path]) -> None:
+    root = real(kind)
+    before = cli.hashes(root)
+    result = cli.call("prune", "-C", root, "--stock", "--keep-last", "1", "--yes")
+    assert cli.hashes(root).items() >= before.items() and "DELETE" not in result.out, result

@@ -97,7 +97,7 @@ def test_every_rule_says_everything() -> None:
         assert there[:count] == [f"{letters}{n:03}" for n in range(1, count + 1)]
         assert there == sorted(set(there))
     for rule in RULES:
-        assert rule.title[0].isupper() and not rule.title.endswith(".") and rule.means and rule.cause, rule.code
+        assert rule.title and not rule.title.endswith(".") and rule.means and rule.cause, rule.code
         assert rule.fix and rule.source, rule.code
         assert rule.message or rule.warning or rule.run or rule.arguments, rule.code
         assert all(any(other.code == code for other in RULES) for code in rule.over), rule.code
@@ -105,9 +105,9 @@ def test_every_rule_says_everything() -> None:
 
 
 def test_every_rule_has_a_test_of_its_own() -> None:
-    tested = {
-        code for file in HERE.glob("test_doctor*.py") for code in re.findall(r"def test_(CK\w\d{3})", file.read_text())
-    }
+    files = [file.read_text() for file in HERE.glob("test_doctor*.py")]
+    names = [name for text in files for name in re.findall(r"def (test_\w+)", text)]
+    tested = {code for name in names for code in re.findall(r"CK[A-Z]\d{3}", name)}
     assert {rule.code for rule in RULES} - tested == set()
 
 
@@ -242,7 +242,7 @@ def test_fix_puts_husks_aside_and_deletes_nothing(real: Real) -> None:
     (root / "checkpoint-6" / "trainer_state.json").unlink()
     before = tree(root)
     fresh = cli.call("doctor", root, "--fix")
-    assert fresh.code == 1 and "written to lately" in fresh.err and tree(root) == before
+    assert fresh.code == 0 and "CKR003 info" in fresh.out and tree(root) == before  # it may be being written
     aged(root)
     result = cli.call("doctor", root, "--fix")
     assert result.code == 1 and "fixed" in result.err, result

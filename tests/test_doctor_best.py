@@ -49,7 +49,7 @@ def test_CKB002(tmp_path: Path) -> None:
 def test_CKB003(tmp_path: Path) -> None:
     wrong = {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 10}
     arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", **wrong)
-    the("CKB003", log=log_of(lambda: Trainer(torch.nn.Linear(1, 1), arguments)))
+    the("CKB003", log=log_of(lambda: Trainer(torch.nn.Linear(1, 1), arguments, eval_dataset=[{"x": 1}])))
     the("CKB003", args=wrong)
 
 

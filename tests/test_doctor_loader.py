@@ -16,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 from lastgood.doctor.diagnose import diagnose
 from lastgood.manager import Manager
 from lastgood.policy import Keep
+from lastgood.repo import trail
 
 import cli
 import realruns
@@ -249,3 +250,22 @@ def test_hostile_values(value: object, real: Real) -> None:
         file.write_text(json.dumps({**state, name: value}))
         names = ("per_device_train_batch_size", "warmup_steps", "warmup_ratio", "lr_scheduler_type", "seed")
         diagnose(root, args={**SAVED, **dict.fromkeys(names, value)}, **ONLY)
+
+
+def test_CKL009(tmp_path: Path) -> None:
+    root = cli.managed(tmp_path / "run")
+
+    def lives(loss: float, batch: str) -> Path:
+        (root / ".lastgood" / "trail.jsonl").unlink(missing_ok=True)
+        first = trail.begin(root, run="r", start=0, checkpoint="")
+        trail.saved(root, first, 200, "c200")
+        trail.append(root, [trail.Entry(step, first, 2.0, 1.0, f"{step:016x}", 1e-3) for step in (201, 202, 203)])
+        second = trail.begin(root, run="r", start=200, checkpoint="c200")
+        later = [trail.Entry(201, second, loss, 1.0, batch, 5e-4), trail.Entry(202, second, 1.5, 1.0, f"{202:016x}")]
+        trail.append(root, later)
+        return root
+
+    assert codes(lives(2.0, f"{201:016x}")) == []  # another learning rate, so other losses from then on
+    found = the("CKL009", lives(2.0, "f" * 16))
+    assert "step 201" in found.saw and "other data" in found.means
+    assert "the weights are not those" in the("CKL009", lives(2.1, f"{201:016x}")).means

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
-from docs import reference, runs, sessions
+from docs import reference, rulebook, runs, sessions
 from lastgood.cli.main import cli
 from lastgood.format.tensors import Tensor, encode
 
@@ -90,13 +93,44 @@ def stock_run(root: Path) -> Path:
     return root
 
 
-def test_every_field_is_documented_and_every_documented_field_exists(tmp_path: Path) -> None:
+def cut(source: Path, root: Path, age: float) -> Path:
+    """The run, with a newest checkpoint whose save was interrupted so many seconds ago."""
+    shutil.copytree(source, root)
+    (root / "checkpoint-6" / "trainer_state.json").unlink()
+    for path in [root, *root.rglob("*")]:
+        os.utime(path, (time.time() - age,) * 2)
+    return root
+
+
+AGAIN = """
+import json, pathlib, sys
+run = pathlib.Path(sys.argv[1])
+state = json.loads((run / "checkpoint-4" / "trainer_state.json").read_text())
+rows = [*state["log_history"], {"step": 5, "loss": 3.0, "grad_norm": 1.0}, {"step": 6, "loss": 3.0, "grad_norm": 1.0}]
+home = run / "checkpoint-6"
+home.mkdir()
+print("trained")
+(home / "trainer_state.json").write_text(json.dumps({"global_step": 6, "log_history": rows}))
+"""
+"""A training that comes to another loss."""
+
+
+def test_every_field_is_documented_and_every_documented_field_exists(
+    tmp_path: Path, real: Callable[[str], Path]
+) -> None:
     managed, stock = tmp_path / "managed", stock_run(tmp_path / "stock")
     shutil.copytree(ROOT / "tests" / "data" / "run-format-1", managed)
     empty = stock_run(tmp_path / "none")
     for step in (2, 4):
         shutil.rmtree(empty / f"checkpoint-{step}")
+    again = tmp_path / "again.py"
+    again.write_text(AGAIN)
+    broken, old = (cut(real("trainer_full"), tmp_path / name, age) for name, age in (("broken", 90), ("old", 3600)))
     calls = [
+        f"doctor {broken}",
+        *(f"doctor {run} --fix" for run in (broken, old)),
+        "doctor --rules",
+        f"doctor {real('trainer_full')} --json --prove 4 -- {sys.executable} {again} {{run}}",
         *(f"-C {run} {verb}" for run in (managed, stock) for verb in ("log", "verify", "verify --full", "df", "du")),
         *(f"-C {run} {verb}" for run in (managed, stock) for verb in ("resume", "resume --check")),
         *(f"-C {run} prune -n --keep-last 1" for run in (managed, stock)),
@@ -111,7 +145,8 @@ def test_every_field_is_documented_and_every_documented_field_exists(tmp_path: P
     ]
     pages, used = documented(), set[int]()
     for call in calls:
-        result = CliRunner().invoke(cli, [*call.split(), "--json"])
+        words = call.split()
+        result = CliRunner().invoke(cli, words if "--json" in words else [*words, "--json"])
         assert isinstance(result.exception, (SystemExit, type(None))), f"{call}: {result.exception!r}"
         found = json.loads(result.stdout)
         assert found["schema"] in pages, call
@@ -143,3 +178,9 @@ def test_shapes_leave_out_what_differs_from_run_to_run() -> None:
     a = "checkpoint-400.ea7a893f   33s  1.49578  full   1.4 MiB  3rd newest"
     assert sessions.shape(a) == sessions.shape("checkpoint-50.0123abcd  2m  0.5  full  471.0 KiB  4th newest")
     assert sessions.shape(a) != sessions.shape(a.replace("full", "weights"))
+
+
+def test_the_pages_of_the_rules_are_what_the_rules_say() -> None:
+    wanted = rulebook.pages()
+    there = {file.name: file.read_text() for file in rulebook.HOME.glob("*.md")}
+    assert there == wanted, "./scripts/record writes them anew"

@@ -44,7 +44,7 @@ def plan(view: View, rules: dict[str, Any], *, to_free: int | None = None, scope
         record if record.id or (scope.stock and record.layout in TRAINERS) else native.get(record.name, record)
         for record in view.records
     ]
-    found = [msgspec.structs.replace(r, state="stock") if r.ours and not r.id and not scope.stock else r for r in found]
+    found = [msgspec.structs.replace(r, state="stock") if _aside(r, scope) else r for r in found]
     if not any(record.id for record in found):
         found = [msgspec.structs.replace(r, current=True) if r.ours else r for r in found]
     decisions = [_whole(decision) for decision in policy.decide(found, keep, protect=view.protect)]
@@ -159,6 +159,11 @@ def short_of_room(view: View) -> bool:
 def occupied(path: Path) -> int:
     """Bytes of the files in a directory whose manifest doesn't say, or can't be read."""
     return sum(local.size(Path(at) / name) or 0 for at, _, names in os.walk(path) for name in names)
+
+
+def _aside(record: Record, scope: Scope) -> bool:
+    """Whether it was written without lastgood, and isn't asked for: --stock means the Trainer's, nobody else's."""
+    return record.ours and not record.id and not (scope.stock and record.layout in TRAINERS)
 
 
 def husks(view: View, stock: bool) -> list[Record]:

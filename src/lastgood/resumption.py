@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lastgood.layouts import trainer
+from lastgood.layouts.progress import one_run
 from lastgood.model import TRAINERS, Record
 from lastgood.recovery import UNADOPTED, first_good, in_order
 from lastgood.rev import resolve
@@ -24,7 +25,7 @@ def choose(view: View, start: str, *, full: bool) -> tuple[Record | None, list[t
     if start not in LAST:
         candidates = _asked_for(view, start)
     elif _is_stock(view):
-        return _stock(view)
+        return _stock(view, full)
     else:
         own = in_order(view.records, "last")
         skipped += [(r.name, _WEIGHTS) for r in own if r.state == "weights"]
@@ -71,11 +72,26 @@ def _is_stock(view: View) -> bool:
     return bool(tools) and tools[0] in TRAINERS and not any(r.id and r.ours for r in view.records)
 
 
-def _stock(view: View) -> tuple[Record | None, list[tuple[str, str]]]:
+def _stock(view: View, full: bool) -> tuple[Record | None, list[tuple[str, str]]]:
+    """The newest usable one of a run that nobody manages; the older ones are only asked whether they are of that run.
+
+    Raises NoCheckpoint where two runs share the directory.
+    """
     names = {record.name: record for record in view.records}
-    husks = [(r.name, r.problem) for r in view.records if r.state == "incomplete" and r.name not in view.found]
-    stocks = [trainer.inspect(view.root / name) for name in view.found if names[name].layout in TRAINERS]
-    if not any(not stock.problems and not trainer.lacking(stock.path) for stock in stocks):
-        return None, [*husks, *((s.path.name, "; ".join(s.problems) or trainer.lacking(s.path)) for s in stocks)]
-    newest, skipped = trainer.choose(view.root, stocks)
-    return names[newest.path.name], [s for s in (*husks, *skipped) if names[s[0]].step > newest.step]
+    skipped = [(r.name, r.problem) for r in view.records if r.state == "incomplete" and r.name not in view.found]
+    order = sorted((names[name] for name in view.found if names[name].layout in TRAINERS), key=lambda r: -r.step)
+    for place, record in enumerate(order):
+        path = view.path(record)
+        reason = "; ".join(trainer.problems(path, full=full)) or trainer.lacking(path)
+        if not reason:
+            if not one_run(path, [view.path(older) for older in order[place + 1 :]]):
+                _one_run_exactly(view)
+            return record, [(name, why) for name, why in skipped if names[name].step > record.step]
+        skipped.append((record.name, reason))
+    return None, skipped
+
+
+def _one_run_exactly(view: View) -> None:
+    """By reading everything, for some log doesn't begin like the others. Raises NoCheckpoint where it is another's."""
+    stocks = [trainer.inspect(view.root / name) for name, item in view.found.items() if item.layout in TRAINERS]
+    trainer.choose(view.root, stocks)

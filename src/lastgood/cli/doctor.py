@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lastgood.doctor.disk import Disk
     from lastgood.doctor.finding import Finding
     from lastgood.doctor.fix import Step
+    from lastgood.doctor.log import Log
     from lastgood.doctor.rule import Rule
 
 SCHEMA = "lastgood.doctor/1"
@@ -41,6 +42,9 @@ SHOWN = 3
 @click.option("--rules", is_flag=True, help="List the rules; with --select, explain them.")
 @click.option("--prove", type=int, metavar="STEP", help="Resume from STEP in a copy, by CMD, and compare step by step.")
 @click.option("--steps", type=click.IntRange(1), default=20, metavar="N", help="With --prove: so many (default: 20).")
+@click.option(
+    "--rtol", type=click.FloatRange(0, 1), default=0.0, metavar="R", help="With --prove: tolerate R of a value."
+)
 def doctor(root: str | None, words: tuple[str, ...], style: Style, **o: Any) -> None:
     """What is wrong with a run, its settings or its log: what was seen, what it means and how to fix it.
 
@@ -57,7 +61,7 @@ def doctor(root: str | None, words: tuple[str, ...], style: Style, **o: Any) -> 
         return
     run, command, log = _words(words, o["log"], o["prove"])
     if o["prove"] is not None:
-        _prove(run_at(root, run), o["prove"], command, o["steps"], style)
+        _prove(run_at(root, run), o["prove"], command, o["steps"], o["rtol"], style)
         return
     from lastgood.doctor.arguments import load
     from lastgood.doctor.diagnose import case_of, examine, serious
@@ -77,7 +81,7 @@ def doctor(root: str | None, words: tuple[str, ...], style: Style, **o: Any) -> 
     if o["fix"]:
         if disk is None:
             raise UsageError("--fix mends a run directory", hint="lastgood doctor RUN --fix")
-        todo = steps(disk, found, ended=log == "-" and not sys.stdin.isatty())
+        todo = steps(disk, found, ended=said is not None and _ended(said, log))
         done = execute(disk.root, todo)
     if style.json:
         emit_json(SCHEMA, _json(disk, found, todo, done))
@@ -143,6 +147,11 @@ def _read(log: str, style: Style) -> str:
     return "".join(kept)
 
 
+def _ended(said: Log, log: str | None) -> bool:
+    """Whether the process that wrote the log is gone: its output came to an end, or it died of an exception."""
+    return (log == "-" and not sys.stdin.isatty()) or any(raised.frames for raised in said.raised[:1])
+
+
 def _place(root: str | None, run: str | None, *, optional: bool, said: str) -> Path | None:
     """The run to look at: the one named, the one here, or the one that the log speaks of."""
     if run is not None or root or not optional:
@@ -179,11 +188,15 @@ def _report(disk: Disk | None, found: Sequence[Finding], looked_at: str) -> list
             out += [*_lines(finding), ""]
     more = {code: count - SHOWN for code, count in shown.items() if count > SHOWN}
     out += [f"{code}: {count} more like these (--json has them all)" for code, count in more.items()]
-    counts = [f"{n} {s}" for s in COLOURS if (n := sum(f.severity == s for f in found))]
+    counts = [_count(n, s) for s in COLOURS if (n := sum(f.severity == s for f in found))]
     good = (
         "" if disk is None else f"; a resume would take {disk.good.name}" if disk.good else "; nothing to resume from"
     )
     return [*out, f"{', '.join(counts)} in {looked_at}{good}"]
+
+
+def _count(number: int, severity: str) -> str:
+    return f"{number} {severity}" + ("s" if number > 1 and severity in ("error", "warning") else "")
 
 
 def _lines(finding: Finding) -> list[str]:
@@ -238,16 +251,16 @@ def _explained(rule: Rule) -> list[str]:
     return out
 
 
-def _prove(root: Path, step: int, command: Sequence[str], steps: int, style: Style) -> None:
+def _prove(root: Path, step: int, command: Sequence[str], steps: int, rtol: float, style: Style) -> None:
     from lastgood.doctor.prove import prove
 
     click.echo(f"resuming from step {step} in a copy: {shlex.join(command)}", err=True)
-    proof = prove(root, step, command, steps=steps)
+    proof = prove(root, step, command, steps=steps, rtol=rtol)
     if style.json:
         import msgspec
 
         emit_json("lastgood.proof/1", msgspec.to_builtins(proof))
     else:
         emit([text.plain(line) for line in proof.lines()])
-    if proof.divergence is not None:
-        raise click.exceptions.Exit(1)
+    if proof.code:
+        raise click.exceptions.Exit(proof.code)

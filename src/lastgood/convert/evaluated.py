@@ -8,7 +8,7 @@ from typing import Any
 
 from lastgood.convert.content import PENDING, Content, legacy_numpy
 from lastgood.errors import CorruptCheckpoint
-from lastgood.layouts.trainer import STATE
+from lastgood.layouts.progress import STATE
 from lastgood.state import rng, tree
 from lastgood.store import local
 

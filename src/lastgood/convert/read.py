@@ -16,7 +16,8 @@ from lastgood.errors import CorruptCheckpoint, LastgoodError, NotSupported, Usag
 from lastgood.layouts import accelerate as accelerate_layout
 from lastgood.layouts import dcp as dcp_layout
 from lastgood.layouts.found import files_of
-from lastgood.layouts.trainer import ARCHIVES, STATE, parts_of
+from lastgood.layouts.progress import STATE
+from lastgood.layouts.trainer import ARCHIVES, parts_of
 from lastgood.model import Manifest
 from lastgood.store import local
 

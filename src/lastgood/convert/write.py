@@ -19,7 +19,7 @@ from lastgood.convert import weights
 from lastgood.convert.content import PENDING, Content, by_name, legacy_numpy
 from lastgood.errors import NotSupported, UsageError
 from lastgood.format import tensors as safetensors
-from lastgood.layouts.trainer import STATE
+from lastgood.layouts.progress import STATE
 from lastgood.state.tensors import named
 from lastgood.store import local
 from lastgood.store.appear import appearing

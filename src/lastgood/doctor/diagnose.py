@@ -18,7 +18,7 @@ from lastgood.doctor.log import Log, Raised, read
 from lastgood.doctor.rule import Rule, Sight
 from lastgood.doctor.rules import RULES
 from lastgood.doctor.settings import Settings, settings_of
-from lastgood.errors import UsageError, wrong_type
+from lastgood.errors import NoRun, UsageError, wrong_type
 
 LOG, ARGUMENTS = "log", "arguments"
 
@@ -42,6 +42,8 @@ def diagnose(
         raise UsageError("there is nothing to look at", hint="give a run directory, log= or args=")
     if log is not None and not isinstance(log, (str, bytes)):
         raise wrong_type("log", log, "the text of a log")
+    if run is not None and not Path(run).is_dir():
+        raise NoRun(f"{os.fspath(run)} is not a directory", hint="name the directory that the checkpoints are in")
     disk = Disk(Path(run), full=full) if run is not None else None
     given = None if args is None else load(args)
     return examine(case_of(disk, None if log is None else read(log), given), select=select, ignore=ignore)

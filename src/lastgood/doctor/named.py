@@ -20,6 +20,7 @@ from lastgood.errors import LastgoodError
 from lastgood.format import manifest
 from lastgood.layouts import scan, trainer
 from lastgood.layouts.found import is_directory
+from lastgood.layouts.progress import STATE
 from lastgood.model import TRAINERS
 from lastgood.repo.layout import step_of
 from lastgood.store import local
@@ -138,7 +139,7 @@ def judge(path: Path) -> tuple[Kind, str]:
     there = f"there: {listing(files)}"
     if local.size(path / manifest.NAME) is not None:
         return "whole", f"{path.name} is managed by lastgood; {there}"
-    state = trainer.STATE in files
+    state = STATE in files
     weights = any(name in TAKEN or _sharded(name) for name in files)
     folders = sorted({Path(name).parts[0] for name in files if "/" in name and Path(name).name in ADAPTERS})
     if folders and not weights:
@@ -149,7 +150,7 @@ def judge(path: Path) -> tuple[Kind, str]:
         return "no weights", f"{why} in {path.name}; {there}"
     parts = trainer.parts_of(files)
     lost = [name for part, name in _WANTED if not parts.get(part)]
-    gone = f"not there: {', '.join([*lost, *([] if state else [trainer.STATE])])}" if lost or not state else ""
+    gone = f"not there: {', '.join([*lost, *([] if state else [STATE])])}" if lost or not state else ""
     if not state and not parts.get("optimizer") and SENTINEL not in files:
         return "model", f"{there}; {gone}"
     if not state:

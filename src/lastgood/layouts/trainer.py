@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,12 +16,12 @@ from lastgood.format.manifest import safe_name
 from lastgood.format.tensors import read_header
 from lastgood.layouts import dcp
 from lastgood.layouts.found import Found, files_of, modified
+from lastgood.layouts.progress import STATE, glance, state_of
 from lastgood.model import finite
 from lastgood.redact import masked
 from lastgood.repo.layout import step_of
 from lastgood.store import local
 
-STATE = "trainer_state.json"
 ARCHIVES = ("*.pt", "*.pth", "*.bin", "*.ckpt")
 """Files that torch.save wrote."""
 
@@ -52,7 +53,7 @@ def look(path: Path) -> Found:
     """What a directory is, from names, sizes and trainer_state.json alone."""
     files = files_of(path)
     files.pop(manifest.NAME, None)  # of an adopted checkpoint into which a Trainer saved again
-    state, problems = _state(path / STATE)
+    step, rows, problems = glance(path / STATE)
     parts = parts_of(files)
     layout = _layout(files)
     has = {part for part, names in parts.items() if names}
@@ -60,13 +61,11 @@ def look(path: Path) -> Found:
     if not weights:
         problems.append("no file with weights in it")
     needed = {"optimizer", "rng", "progress"} | (set() if layout == "deepspeed" else {"scheduler"})
-    step = state.get("global_step")
     name = step_of(path.name)
     if isinstance(step, int) and name is not None and step != name:
         problems.append(f"{STATE} is of step {step}")
     problem = "; ".join([*problems, *_empty(files)])
-    rows = state.get("log_history")
-    metrics, loss = row_values(rows if isinstance(rows, list) else [], step)
+    metrics, loss = row_values(rows, step)
     return Found(
         path=path,
         layout=layout,
@@ -118,7 +117,7 @@ def arguments(path: Path) -> dict[str, object]:
 
 def problems(path: Path, *, full: bool) -> tuple[str, ...]:
     """Structure: headers cover the files, archives are whole (full: pass their checksums), JSON parses."""
-    _, found = _state(path / STATE)
+    _, found = state_of(path / STATE)
     files = files_of(path)
     for name in files:
         if name.endswith(".safetensors"):
@@ -140,7 +139,7 @@ def problems(path: Path, *, full: bool) -> tuple[str, ...]:
 
 def inspect(path: Path) -> Stock:
     """Check everything that can be checked, for a resume. Nothing is unpickled."""
-    state, _ = _state(path / STATE)
+    state, _ = state_of(path / STATE)
     step, log = state.get("global_step"), state.get("log_history")
     names = [name for name in files_of(path) if name.endswith(".safetensors") or _matches(name, ARCHIVES)]
     return Stock(
@@ -154,7 +153,7 @@ def inspect(path: Path) -> Stock:
 
 def history(path: Path) -> tuple[str, ...]:
     """The run's log up to this checkpoint, one text per row."""
-    state, _ = _state(path / STATE)
+    state, _ = state_of(path / STATE)
     return _rows(state.get("log_history"))
 
 
@@ -223,6 +222,7 @@ def _layout(files: Mapping[str, int]) -> str:
     return "fsdp" if any(_matches(name, ("pytorch_model_fsdp*",)) for name in files) else "trainer"
 
 
+@functools.lru_cache(maxsize=4096)
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) or fnmatchcase(name.rpartition("/")[2], pattern) for pattern in patterns)
 
@@ -231,18 +231,6 @@ def _empty(files: Mapping[str, int]) -> Iterator[str]:
     for name, size in files.items():
         if size == 0 and (_matches(name, ARCHIVES) or name.endswith((".safetensors", ".json"))):
             yield f"{name} is empty"
-
-
-def _state(path: Path) -> tuple[dict[str, Any], list[str]]:
-    try:
-        value = json.loads(local.read(path, 1 << 30))
-    except FileNotFoundError:
-        return {}, [f"{STATE} is missing: the save was interrupted, or this is an exported model"]
-    except (OSError, ValueError, RecursionError) as error:
-        return {}, [f"{STATE} can't be read: {error}"]
-    if not isinstance(value, dict) or not isinstance(value.get("global_step"), int):
-        return {}, [f"{STATE} has no global_step"]
-    return value, []
 
 
 def _json(path: Path) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from lastgood.errors import NoCheckpoint, UsageError
-from lastgood.layouts.trainer import STATE
+from lastgood.layouts.progress import STATE
 from lastgood.model import TRAINERS, Record, State, finite, stripped
 from lastgood.planner.measured import read as read_metrics
 from lastgood.policy import Keep, metric_of

@@ -102,6 +102,8 @@ def _direction(case: Case) -> Iterator[Sight]:
 
 def _by_time(case: Case) -> Iterator[Sight]:
     s = _of(case)
+    if case.disk is not None and any(record.metrics for record in case.disk.records):
+        return  # something evaluates, whatever the arguments say
     limited = (s.save_total_limit or 0) > 0
     if limited and s.keep is None and (s.metric_for_best_model is None or s.eval_strategy == "no"):
         why = "there is no evaluation" if s.eval_strategy == "no" else "metric_for_best_model isn't set"

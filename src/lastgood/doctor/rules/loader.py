@@ -191,7 +191,8 @@ def _no_random(case: Case) -> Iterator[Sight]:
     assert case.disk is not None
     for record in case.disk.close:
         parts = record.manifest.parts if record.manifest is not None else {}
-        if record.layout in TRAINERS and parts.get("optimizer") and not parts.get("rng"):
+        saved = record.layout in TRAINERS and record.state != "incomplete"
+        if saved and parts.get("optimizer") and not parts.get("rng"):
             yield Sight(where=record.name, saw="there is no rng_state.pth, though the optimizer was saved")
 
 
@@ -326,5 +327,21 @@ RULES: tuple[Rule, ...] = (
         " generators. No checkpoint can hold those; new workers begin with fresh ones.",
         fix=("dataloader_persistent_workers=False, unless loading is deterministic",),
         source="torch DataLoader(persistent_workers=True)",
+    ),
+    Rule(
+        code="CKL009",
+        title="A resumed run went another way than before",
+        severity="warning",
+        run=seen.another_way,
+        means="the resume wasn't exact",
+        cause="A managed run writes a line per step: its loss, and a hash of its data. After a crash the steps since"
+        " the last checkpoint are trained again, and should be the same. Other data: seed, sampler, batch size or"
+        " workers were changed, or the data was. Another loss on the same data: weights or random states aren't"
+        " those that were saved.",
+        fix=(
+            "lastgood diff the two checkpoints: what was changed between them",
+            "lastgood -C {root} doctor --prove STEP -- python train.py",
+        ),
+        source="lastgood, .lastgood/trail.jsonl",
     ),
 )

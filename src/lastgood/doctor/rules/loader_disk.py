@@ -8,11 +8,16 @@ from itertools import pairwise
 
 from lastgood.doctor.case import Case
 from lastgood.doctor.disk import Disk
+from lastgood.doctor.divergence import relived
+from lastgood.doctor.rule import Sight
 from lastgood.doctor.rules.distributed_disk import RANDOM, ranks
 from lastgood.doctor.rules.space_disk import LONGEST, steps_per_epoch
 from lastgood.model import TRAINERS, Record, finite
+from lastgood.repo import trail
 from lastgood.schedule import total_steps
 
+CLOSE = 1e-3
+"""Share by which a loss may differ: kernels that aren't deterministic stay far below it at the first step."""
 Arguments = Mapping[str, object]
 Difference = tuple[str, object, object]
 """(name, saved, now)."""
@@ -188,3 +193,15 @@ def _flat(values: Mapping[str, object]) -> dict[str, object]:
         inner = value if isinstance(value, Mapping) else None
         found |= {f"{name}.{key}": item for key, item in inner.items()} if inner is not None else {name: value}
     return found
+
+
+def another_way(case: Case) -> Iterator[Sight]:
+    """Steps that were trained twice. What settings may change on purpose (the learning rate) isn't looked at."""
+    for resumed in relived(trail.read(case.disk.root), rtol=CLOSE) if case.disk is not None else ():
+        found = resumed.divergence
+        if found is not None and (found.what == "batch" or (found.what == "loss" and not found.agreed)):
+            yield Sight(
+                saw=f"steps after {resumed.start} were trained twice: {found}",
+                evidence=(f"{resumed.compared} steps in common, {found.agreed} equal before it",),
+                means=f"the resume from step {resumed.start} didn't go the way it went before: {found.means}",
+            )

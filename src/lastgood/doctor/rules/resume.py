@@ -234,4 +234,15 @@ RULES: tuple[Rule, ...] = (
         fix=("save_only_model=False", "keep=lastgood.Keep(last=..., full=1) to save space"),
         source="transformers 5.23, Trainer._load_optimizer_and_scheduler",
     ),
+    Rule(
+        code="CKR017",
+        title="A stock Trainer went on in a managed run",
+        severity="warning",
+        run=resume_disk.beyond,
+        means="a resume by lastgood goes back to the newest checkpoint with a manifest: the steps since are redone",
+        cause="The script ran once without `lastgood.manage`. What it saved has no manifest, so nothing can be checked,"
+        " and nobody knows whether it continues this run.",
+        fix=("lastgood -C {root} adopt", "lastgood doctor --fix {root}"),
+        source="lastgood, Manager.find",
+    ),
 )

@@ -14,9 +14,10 @@ from lastgood.doctor.disk import Disk
 from lastgood.doctor.finding import Repair, Severity
 from lastgood.doctor.named import SENTINEL, judge, listing, resumes
 from lastgood.doctor.rule import Sight
-from lastgood.layouts.trainer import STATE
+from lastgood.layouts.progress import STATE
 from lastgood.model import TRAINERS, Record
 from lastgood.repo.layout import step_of
+from lastgood.resumption import newer_stock
 from lastgood.store import local
 
 MANY = 50
@@ -25,6 +26,21 @@ NOW = 60
 """Seconds since the last write within which a save may still be under way."""
 _LEFT = re.compile(r"tmp-checkpoint-\d+|checkpoint-\d+.*[._-](?:incomplete|partial|tmp|temp)")
 _TORN = (".incomplete", ".tmp", ".partial")
+
+
+def beyond(case: Case) -> Iterator[Sight]:
+    """Of a managed run: complete checkpoints without a manifest that came further than its newest."""
+    disk = disk_of(case)
+    if disk.good is None or not disk.good.id:
+        return
+    further = newer_stock(disk.view, disk.good)
+    if further:
+        names = ", ".join(record.name for record in further[-3:])
+        yield Sight(
+            where=further[-1].name,
+            saw=f"{names} without a manifest, beyond {disk.good.name}",
+            repair=Repair("adopt"),
+        )
 
 
 def disk_of(case: Case) -> Disk:
@@ -86,7 +102,9 @@ def stateless(case: Case) -> Iterator[Sight]:
         names = disk.files(record)
         if names and STATE not in names and not _marks(names):
             kind, text = judge(disk.path(record))
-            why = "it looks like an exported model" if kind == "model" else "the save was interrupted"
+            why = "the save was interrupted"
+            if kind == "model":
+                why += " after the weights, or this is an exported model"
             yield _cut(case, record, f"{record.name} has no {STATE}: {why}", text)
 
 

@@ -14,7 +14,7 @@ from lastgood.doctor.log import Raised
 from lastgood.doctor.named import Place, around, holds, instead, judge, locate, offered, resumes, spoken_of
 from lastgood.doctor.rule import Sight
 from lastgood.doctor.rules.resume_disk import aside, broken_json
-from lastgood.layouts.trainer import STATE
+from lastgood.layouts.progress import STATE
 from lastgood.repo.layout import step_of
 
 CHECKPOINT = re.compile(r"checkpoint[-_]\d+|\.ckpt$|global_step\d+")

@@ -12,7 +12,7 @@ from lastgood.doctor.disk import Disk
 from lastgood.doctor.named import resumes
 from lastgood.doctor.rule import Sight
 from lastgood.doctor.rules.resume_disk import disk_of
-from lastgood.layouts.trainer import STATE
+from lastgood.layouts.progress import STATE
 from lastgood.model import TRAINERS, Record, finite
 from lastgood.repo.layout import step_of
 
