@@ -239,6 +239,14 @@ def test_a_husk_of_a_managed_save_hides_no_second_run(bases: dict[str, Path], tm
     assert code == 0 and "checkpoint-10000  PASSED OVER" in out, out
 
 
+def test_a_number_is_only_a_name(bases: dict[str, Path], tmp_path: Path) -> None:
+    """What a stock checkpoint is follows from its content: a renamed one isn't newer, a copied one is a second run."""
+    copied = done(bases["stock"], [(again, 1)], tmp_path / "copied")
+    assert said(copied) is taken(copied) is None
+    renamed = done(bases["stock"], [(again, 1), (gone, 2)], tmp_path / "renamed")
+    assert said(renamed) == taken(renamed) == "checkpoint-6"
+
+
 @pytest.mark.parametrize("kind", ["managed", "stock", "adopted"])
 @pytest.mark.parametrize("deed", [flipped, light])
 def test_a_real_trainer_takes_it_too(kind: str, deed: Callable[[Path], None], real_runs: Any, tmp_path: Path) -> None:
