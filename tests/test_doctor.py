@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -117,6 +118,22 @@ def test_the_commands_of_every_fix_exist() -> None:
     lines = [line for rule in RULES for line in rule.fix]
     verbs = {verb for line in lines for verb in re.findall(r"\blastgood (?:-C \S+ )?([a-z]+)", line)}
     assert verbs <= {*MODULES, *ALIASES}, verbs - {*MODULES, *ALIASES}
+    for line in lines:
+        words = shlex.split(line, comments=True) if line.startswith("lastgood ") else []
+        assert not any(word.endswith((":", ",")) for word in words), f"pasted into a shell this fails: {line}"
+
+
+def test_a_command_can_be_pasted_whatever_the_directory_is_called(real: Real, tmp_path: Path) -> None:
+    root = tmp_path / "my run's; ls (good)"
+    shutil.copytree(real("trainer_full"), root)
+    (root / "checkpoint-6" / "trainer_state.json").write_text("")
+    (root / "checkpoint-4" / "model.safetensors").write_bytes(b"x")
+    aged(root)
+    lines = {line for f in diagnose(root) for line in f.fix if line.startswith("lastgood ")}
+    assert len(lines) >= 2
+    for line in lines:
+        assert str(root) in shlex.split(line, comments=True), line
+        assert cli.run(*shlex.split(line, comments=True)[1:]).code in (0, 1), line
 
 
 @pytest.mark.parametrize("kind", sorted(RUNS))

@@ -72,7 +72,7 @@ RULES: tuple[Rule, ...] = (
         fix=(
             "get_peft_model(base, LoraConfig(as in adapter_config.json)), then train(resume_from_checkpoint=...)",
             "SFTTrainer(..., peft_config=...), as when it was saved",
-            "lastgood checkout REV DIR --merge, if a whole model is what you want",
+            "lastgood checkout REV DIR --merge  # if a whole model is what you want",
         ),
         source="transformers 5.23, Trainer._load_from_checkpoint, load_sharded_checkpoint",
     ),
@@ -129,7 +129,7 @@ RULES: tuple[Rule, ...] = (
         means="the best model isn't loaded at the end, or the adapter isn't restored",
         cause="The Trainer finds no adapter file in a checkpoint that should have one: old versions of transformers and"
         " peft saved the whole model, or nothing.",
-        fix=("pip install -U transformers peft", "lastgood show REV, to see whether a checkpoint holds an adapter"),
+        fix=("pip install -U transformers peft", "lastgood show REV  # to see whether a checkpoint holds an adapter"),
         source="transformers 5.23, Trainer._load_from_checkpoint; peft #96",
     ),
     Rule(
@@ -161,7 +161,7 @@ RULES: tuple[Rule, ...] = (
         cause="A merge that finds no tensor by its name, drops the scaling or rounds to another dtype raises nothing"
         " and gives a model that looks right. An adapter whose B is zero gives exactly the base.",
         fix=(
-            "lastgood checkout REV DIR --merge, which compares every tensor with base + scaling * B @ A",
+            "lastgood checkout REV DIR --merge  # which compares every tensor with base + scaling * B @ A",
             "--base DIR, if the base isn't the one that the adapter names; --dtype, if it has several",
         ),
         source="weights.check; verl #7285; unsloth #869; peft #868",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -242,7 +243,7 @@ def _relinked(case: Case, record: Record, best: str, severity: Severity) -> Sigh
         if found
         else (f"there is no {name} in {disk.root} either: it was deleted",),
         severity=severity,
-        fix=(f"lastgood doctor --fix {disk.root}: {here.absolute()} is written into {record.name}/{STATE}",)
+        fix=(f"lastgood doctor --fix {shlex.quote(str(disk.root))}  # writes {here.absolute()} into {STATE}",)
         if repair is not None
         else (),
         repair=repair,
@@ -292,7 +293,7 @@ def _tag(disk: Disk, where: str, names: Sequence[str], *, own: bool) -> Iterator
         saw=f"{file} names {named[:100]!r}, which isn't there" if named else f"there is no file {file}",
         where=where or disk.root.name,
         evidence=(f"{newest} is complete: {most} files with optimizer states",),
-        fix=(f"printf {newest} > {folder / 'latest'}",),
+        fix=(f"printf {newest} > {shlex.quote(str(folder / 'latest'))}",),
         repair=None if own else Repair("relink", file, newest),
     )
 
