@@ -52,6 +52,7 @@ def test_the_last_exception_counts() -> None:
         "".join(f"[rank0]: {line}\n" for line in TRACEBACK.splitlines()),
         "".join(f"(train_fn pid=71, ip=10.0.0.1) {line}\n" for line in TRACEBACK.splitlines()),
         "\r 10%|#   | 1/10\r 20%|##  | 2/10\n" + TRACEBACK.replace("\n", "\r\n"),
+        "\r  0%|          | 0/8 [00:00<?, ?it/s]" + TRACEBACK + "\r  0%|          | 0/8 [00:00<?, ?it/s]\n",
         TRACEBACK.replace("ValueError:", "\x1b[31mValueError\x1b[0m:"),
         TRACEBACK + "Traceback (most recent call last):\n  File \"run.py\", line 9, in run\n"
         "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n====\ntrain.py FAILED\n",
@@ -60,7 +61,7 @@ def test_the_last_exception_counts() -> None:
         MISMATCH,
         TRACEBACK.encode() + b"\xff\xfe not text",
     ],
-    ids=["torchrun", "ray", "progress", "colour", "launcher", "chain", "one line", "bytes"],
+    ids=["torchrun", "ray", "progress", "behind a bar", "colour", "launcher", "chain", "one line", "bytes"],
 )  # fmt: skip
 def test_a_traceback_is_found_in_any_dress(dressed: str | bytes) -> None:
     assert codes(log=dressed) == ["CKB001"]

@@ -263,6 +263,8 @@ RULES: tuple[Rule, ...] = (
         code="CKL004",
         title="The learning rate schedule isn't that of the checkpoint",
         severity="warning",
+        message=r"^KeyError: 'lr_lambdas'",
+        log=seen.other_kind,
         run=_schedule,
         means="the learning rate jumps at the resume: the schedule is computed anew for the new length, from the saved"
         " step on",

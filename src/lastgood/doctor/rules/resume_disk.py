@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import msgspec
+
 from lastgood.doctor.case import Case
 from lastgood.doctor.disk import Disk
 from lastgood.doctor.finding import Repair, Severity
@@ -111,7 +113,19 @@ def unreadable(case: Case) -> Iterator[Sight]:
     """CKR004: JSON that isn't."""
     disk = disk_of(case)
     for record, name, why in broken_json(disk):
-        yield _cut(case, record, f"{name} {why}")
+        sight = _cut(case, record, f"{name} {why}")
+        if name not in STOPPING:
+            means = "a Trainer resumes all the same; who loads the model from there stops, or goes on without it"
+            sight = msgspec.structs.replace(sight, means=means, severity=_at_most_warning(sight.severity))
+        yield sight
+
+
+STOPPING = (STATE, "config.json")
+"""JSON files without which a Trainer's resume stops."""
+
+
+def _at_most_warning(severity: Severity | None) -> Severity | None:
+    return "warning" if severity == "error" else severity
 
 
 def broken_json(disk: Disk) -> list[tuple[Record, str, str]]:

@@ -72,9 +72,10 @@ RULES: tuple[Rule, ...] = (
         severity="error",
         message=fit.MISFIT + r"|(?:Missing|Unexpected) key\(s\) in state_dict: |[Mm]odel differs after resume"
         r"|the model's tensors differ from those in the checkpoint",
-        warning=fit.MISSING_LINE,
+        warning=f"{fit.MISSING_LINE}|{fit.SURPLUS_LINE}",
         log=version_look.shapes_or_left_out,
         run=version_look.changed_model,
+        over=("CKV007",),
         means="nothing is loaded",
         cause="The model that the script builds isn't the one that was saved: another size, other layers, another"
         " class, or a wrapper that gives every tensor another name. Where tensors are only missing the Trainer prints a"
