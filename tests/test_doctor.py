@@ -23,6 +23,7 @@ from lastgood.doctor.diagnose import diagnose
 from lastgood.doctor.log import read
 from lastgood.doctor.rules import GROUPS, RULES
 from lastgood.errors import NoRun, UsageError
+from lastgood.layouts import progress
 
 import cli
 from realruns import RUNS
@@ -321,3 +322,17 @@ def test_a_thousand_checkpoints_need_no_torch(real: Real, tmp_path: Path) -> Non
 def test_no_run_at_all(tmp_path: Path) -> None:
     with pytest.raises(NoRun):
         diagnose(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("loss", [1.5, float("nan")])
+def test_a_log_with_numbers_that_are_none_is_outlined_the_same(loss: float, tmp_path: Path) -> None:
+    rows = [{"loss": loss, "step": step} for step in range(1, 4)]
+    state = {"epoch": 1.0, "global_step": 3, "log_history": rows, "max_steps": 9, "stateful_callbacks": {"a": [[1]]}}
+    for name, log in (("whole", rows), ("begun", rows[:2])):
+        (tmp_path / name).mkdir()
+        text = json.dumps({**state, "global_step": len(log), "log_history": log}, indent=2, sort_keys=True)
+        (tmp_path / name / "trainer_state.json").write_text(text + "\n")
+    step, seen, problems = progress.glance(tmp_path / "whole" / "trainer_state.json")
+    assert (step, json.dumps(seen), problems) == (3, json.dumps(rows), [])
+    assert progress.one_run(tmp_path / "whole", [tmp_path / "begun"])
+    assert not progress.one_run(tmp_path / "begun", [tmp_path / "whole"])
