@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from lastgood.doctor.diagnose import diagnose
 from lastgood.doctor.log import read
 from lastgood.doctor.rules import GROUPS, RULES
 from lastgood.errors import NoRun, UsageError
+from lastgood.layouts import progress
 
 import cli
 from realruns import RUNS
@@ -51,6 +53,7 @@ def test_the_last_exception_counts() -> None:
         "".join(f"[rank0]: {line}\n" for line in TRACEBACK.splitlines()),
         "".join(f"(train_fn pid=71, ip=10.0.0.1) {line}\n" for line in TRACEBACK.splitlines()),
         "\r 10%|#   | 1/10\r 20%|##  | 2/10\n" + TRACEBACK.replace("\n", "\r\n"),
+        "\r  0%|          | 0/8 [00:00<?, ?it/s]" + TRACEBACK + "\r  0%|          | 0/8 [00:00<?, ?it/s]\n",
         TRACEBACK.replace("ValueError:", "\x1b[31mValueError\x1b[0m:"),
         TRACEBACK + "Traceback (most recent call last):\n  File \"run.py\", line 9, in run\n"
         "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n====\ntrain.py FAILED\n",
@@ -59,7 +62,7 @@ def test_the_last_exception_counts() -> None:
         MISMATCH,
         TRACEBACK.encode() + b"\xff\xfe not text",
     ],
-    ids=["torchrun", "ray", "progress", "colour", "launcher", "chain", "one line", "bytes"],
+    ids=["torchrun", "ray", "progress", "behind a bar", "colour", "launcher", "chain", "one line", "bytes"],
 )  # fmt: skip
 def test_a_traceback_is_found_in_any_dress(dressed: str | bytes) -> None:
     assert codes(log=dressed) == ["CKB001"]
@@ -117,6 +120,22 @@ def test_the_commands_of_every_fix_exist() -> None:
     lines = [line for rule in RULES for line in rule.fix]
     verbs = {verb for line in lines for verb in re.findall(r"\blastgood (?:-C \S+ )?([a-z]+)", line)}
     assert verbs <= {*MODULES, *ALIASES}, verbs - {*MODULES, *ALIASES}
+    for line in lines:
+        words = shlex.split(line, comments=True) if line.startswith("lastgood ") else []
+        assert not any(word.endswith((":", ",")) for word in words), f"pasted into a shell this fails: {line}"
+
+
+def test_a_command_can_be_pasted_whatever_the_directory_is_called(real: Real, tmp_path: Path) -> None:
+    root = tmp_path / "my run's; ls (good)"
+    shutil.copytree(real("trainer_full"), root)
+    (root / "checkpoint-6" / "trainer_state.json").write_text("")
+    (root / "checkpoint-4" / "model.safetensors").write_bytes(b"x")
+    aged(root)
+    lines = {line for f in diagnose(root) for line in f.fix if line.startswith("lastgood ")}
+    assert len(lines) >= 2
+    for line in lines:
+        assert str(root) in shlex.split(line, comments=True), line
+        assert cli.run(*shlex.split(line, comments=True)[1:]).code in (0, 1), line
 
 
 @pytest.mark.parametrize("kind", sorted(RUNS))
@@ -303,3 +322,17 @@ def test_a_thousand_checkpoints_need_no_torch(real: Real, tmp_path: Path) -> Non
 def test_no_run_at_all(tmp_path: Path) -> None:
     with pytest.raises(NoRun):
         diagnose(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("loss", [1.5, float("nan")])
+def test_a_log_with_numbers_that_are_none_is_outlined_the_same(loss: float, tmp_path: Path) -> None:
+    rows = [{"loss": loss, "step": step} for step in range(1, 4)]
+    state = {"epoch": 1.0, "global_step": 3, "log_history": rows, "max_steps": 9, "stateful_callbacks": {"a": [[1]]}}
+    for name, log in (("whole", rows), ("begun", rows[:2])):
+        (tmp_path / name).mkdir()
+        text = json.dumps({**state, "global_step": len(log), "log_history": log}, indent=2, sort_keys=True)
+        (tmp_path / name / "trainer_state.json").write_text(text + "\n")
+    step, seen, problems = progress.glance(tmp_path / "whole" / "trainer_state.json")
+    assert (step, json.dumps(seen), problems) == (3, json.dumps(rows), [])
+    assert progress.one_run(tmp_path / "whole", [tmp_path / "begun"])
+    assert not progress.one_run(tmp_path / "begun", [tmp_path / "whole"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
+
+from lastgood.doctor.diagnose import diagnose, serious
 
 from sick import codes, log_of, the
 
@@ -72,6 +75,8 @@ def test_CKB005(metric: str, tmp_path: Path) -> None:
     )
     assert "CKB005" not in codes(args={**wrong, "greater_is_better": False})
     assert the("CKB005", args={**HEALTHY, "metric_for_best_model": "mystery"}).severity == "warning"
+    chosen = {**HEALTHY, "metric_for_best_model": "mystery", "greater_is_better": False}
+    assert "CKB005" not in codes(args=chosen)  # nothing infers that: somebody wrote it
 
 
 def test_CKB006() -> None:
@@ -84,6 +89,28 @@ def test_CKB007() -> None:
     the("CKB007", args={"save_steps": 500, "max_steps": 400})
     the("CKB007", args={"save_strategy": False, "max_steps": 400})  # YAML's reading of a bare `no`
     assert codes(args={"save_strategy": "epoch", "num_train_epochs": 2}) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "code"),
+    [
+        ({"save_total_limit": 2}, "CKB006"),
+        ({"save_strategy": "best", "eval_strategy": "steps", "metric_for_best_model": "eval_loss"}, "CKB007"),
+        ({"save_only_model": True}, "CKR016"),
+        ({"ignore_data_skip": True}, "CKL001"),
+    ],
+)
+def test_settings_of_a_run_under_way_are_no_alarm(settings: dict[str, Any], code: str, real: Real) -> None:
+    root = real("trainer_full")
+    shutil.rmtree(root / "checkpoint-6")  # it isn't over
+    for home in root.glob("checkpoint-*"):
+        torch.save(TrainingArguments(str(root), max_steps=6, save_steps=2, **settings), home / "training_args.bin")
+        file = home / "trainer_state.json"
+        state = json.loads(file.read_text())
+        state["log_history"] = [row for row in state["log_history"] if "loss" in row]
+        file.write_text(json.dumps(state))
+    assert the(code, root).severity == "info" and not serious(diagnose(root))
+    assert the(code, args={"max_steps": 6, "save_steps": 2, **settings}).severity == "warning"
 
 
 def rewritten(root: Path, values: list[float]) -> Path:

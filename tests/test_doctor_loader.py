@@ -20,7 +20,7 @@ from lastgood.repo import trail
 
 import cli
 import realruns
-from sick import codes, the
+from sick import codes, log_of, the
 
 Real = Callable[[str], Path]
 
@@ -172,6 +172,18 @@ def test_CKL004_only_the_rate_and_nothing(real: Real) -> None:
     assert found.means == "the run goes on with 0.01, not with 5e-3"
     assert codes(root, args={**SAVED, "num_train_epochs": 7}, **ONLY) == []  # max_steps decides
     assert "would end at once" in str(the("CKL004", root, args={**SAVED, "max_steps": 5}, **ONLY).evidence)
+
+
+def test_CKL004_another_kind_of_schedule(real: Real) -> None:
+    root = real("trainer_full")
+    plateau = again(root, lr_scheduler_type="reduce_lr_on_plateau")
+    plateau.create_optimizer_and_scheduler(6)
+    assert plateau.lr_scheduler is not None
+    torch.save(plateau.lr_scheduler.state_dict(), root / "checkpoint-6" / "scheduler.pt")
+    trainer = again(root)
+    trainer.create_optimizer_and_scheduler(6)
+    log = log_of(lambda: trainer._load_optimizer_and_scheduler(str(root / "checkpoint-6")))
+    assert "lr_scheduler_type" in the("CKL004", log=log, **ONLY).fix[0]
 
 
 def test_CKL004_between_checkpoints(real: Real) -> None:

@@ -123,6 +123,14 @@ def test_CKP003(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "4 tensors" not in log and "for c_proj" in the("CKP003", log=log).saw
 
 
+def test_CKP003_modules_to_save_that_were_not(root: Path, tmp_path: Path) -> None:
+    more = trainer_of(adapted(modules_to_save=["lm_head"], ensure_weight_tying=True), tmp_path)
+    log = log_of(lambda: more._load_from_checkpoint(str(root / "checkpoint-6")))
+    assert "KeyError: 'base_model.model." in log
+    assert "modules_to_save" in the("CKP003", root, log=log).fix[0]
+    the("CKP003", log=log)
+
+
 def test_CKP003_the_arguments_name_others(root: Path) -> None:
     found = the("CKP003", root, args={"lora_target": "c_attn,c_fc", "output_dir": "x"})
     assert found.saw == "the arguments name c_attn, c_fc, adapter_config.json has c_attn"

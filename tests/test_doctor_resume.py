@@ -244,6 +244,14 @@ def test_CKR004(content: bytes, word: str, real: Real) -> None:
     assert codes(log=log) == []
 
 
+def test_CKR004_a_file_that_the_trainer_does_not_need(real: Real) -> None:
+    root = real("trainer_full")
+    (root / "checkpoint-6/generation_config.json").write_bytes(b"")
+    aged(root)
+    found = the("CKR004", root)
+    assert found.severity == "warning" and "resumes all the same" in found.means
+
+
 def test_CKR004_config(real: Real) -> None:
     root = aged(real("trainer_full"))
     (root / "checkpoint-6/config.json").write_bytes(b"{")

@@ -18,6 +18,8 @@ _PREFIX = re.compile(
 )
 _FRAME = re.compile(r'^\s*(?:\|\s*)*File "([^"\n]+)", line (\d+)(?:, in (\S+))?')
 _BEGIN = "Traceback (most recent call last)"
+_AFTER_BAR = re.compile(r"(?<=\])(?=Traceback \(most recent call last\))")
+"""A progress bar stays on its line, so what comes next stands behind it: 0/8 [00:00<?, ?it/s]Traceback ..."""
 _JOINED = ("During handling of the above exception", "The above exception was the direct cause")
 _RAISED = re.compile(r"^(?:\+ Exception Group )?((?:[A-Za-z_]\w*\.)*[A-Z]\w*)(?::\s?(.*)|$)")
 _LAUNCHERS = ("ChildFailedError", "CalledProcessError", "ProcessRaisedException", "ProcessExitedException")
@@ -64,7 +66,8 @@ def read(text: str | bytes) -> Log:
     """Take a log apart. Without any traceback all of it counts as what an exception said: people paste one line."""
     if isinstance(text, bytes):
         text = text[-LIMIT:].decode("utf-8", "replace")
-    lines = [_plain(line) for line in text[-LIMIT:].replace("\r\n", "\n").split("\n")]
+    text = _AFTER_BAR.sub("\n", text[-LIMIT:].replace("\r\n", "\n"))
+    lines = [_plain(line) for line in text.split("\n")]
     found = [chain for chain in _chains(lines) if chain.kind not in _LAUNCHERS]
     whole = "\n".join(lines)
     if not found and _BEGIN not in whole:

@@ -177,11 +177,11 @@ def listing(files: dict[str, int]) -> str:
 def instead(disk: Disk | None) -> tuple[str, ...]:
     """What to resume from: the newest checkpoint that is intact by sizes and headers, in the words of its tool."""
     if disk is None:
-        return ("lastgood -C RUN resume --check: which checkpoint of the run is good",)
+        return ("lastgood -C RUN resume --check  # which checkpoint of the run is good",)
     root = shlex.quote(str(disk.root))
     check = f"lastgood -C {root} resume --check"
     if disk.good is None:
-        return (f"{check}: why no checkpoint of the run can be resumed from",)
+        return (f"{check}  # why no checkpoint of the run can be resumed from",)
     return (resumes(disk, disk.good.name), check)
 
 

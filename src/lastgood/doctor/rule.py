@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Iterator
 
 import msgspec
@@ -10,6 +11,8 @@ import msgspec
 from lastgood.doctor.case import Case
 from lastgood.doctor.finding import Finding, Repair, Severity
 from lastgood.doctor.log import Raised
+
+_PLACE = re.compile(r"\{(?:root|checkpoint|good)\}")
 
 
 class Sight(msgspec.Struct, frozen=True, kw_only=True):
@@ -22,6 +25,12 @@ class Sight(msgspec.Struct, frozen=True, kw_only=True):
     fix: tuple[str, ...] = ()
     severity: Severity | None = None
     repair: Repair | None = None
+
+
+def advice(sights: Iterator[Sight], case: Case) -> Iterator[Sight]:
+    """What settings could do better. Of a run that is already under way, or over, it's worth knowing and no alarm."""
+    for sight in sights:
+        yield msgspec.structs.replace(sight, severity="info") if case.recorded else sight
 
 
 InLog = Callable[[Case, Raised, "re.Match[str]"], Iterator[Sight]]
@@ -60,10 +69,9 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True):
         at = sight.where or where
         good = case.disk.good.name if case.disk is not None and case.disk.good is not None else "latest"
         root = str(case.disk.root) if case.disk is not None else "RUN"
-        words = {"{root}": root, "{checkpoint}": at, "{good}": good}
-        fix = sight.fix or self.fix
-        for word, value in words.items():
-            fix = tuple(line.replace(word, value) for line in fix)
+        # Quoted: what follows is pasted into a shell. In one go: a directory may be called {good}.
+        words = {"{root}": shlex.quote(root), "{checkpoint}": shlex.quote(at), "{good}": good}
+        fix = tuple(_PLACE.sub(lambda m: words[m.group()], line) for line in sight.fix or self.fix)
         return Finding(
             code=self.code,
             title=self.title,

@@ -43,8 +43,8 @@ class _Read(msgspec.Struct):
     log_history: msgspec.Raw = msgspec.Raw(b"[]")
 
 
-_STEP = re.compile(rb'\n  "global_step": (\d{1,18}),')
-_LOG = re.compile(rb'\n  "log_history": (\[.*?\n  \]),', re.DOTALL)
+_STEP = re.compile(rb"(\d{1,18}),")
+_AT_STEP, _AT_LOG, _END = b'\n  "global_step": ', b'\n  "log_history": ', b"\n  ],"
 
 
 def _outline(path: Path) -> _Outline | None:
@@ -54,11 +54,20 @@ def _outline(path: Path) -> _Outline | None:
             found = msgspec.json.decode(data, type=_Read)
             return _Outline(found.global_step, bytes(found.log_history))
         except ValueError:  # NaN, which isn't JSON, though Python writes and reads it
-            step, log = _STEP.search(data), _LOG.search(data)
-            whole = data.rstrip().endswith(b"}") and b"NaN" in data
-            return _Outline(int(step[1]), log[1]) if whole and step is not None and log is not None else None
+            return _by_form(data)
     except (OSError, RecursionError):
         return None
+
+
+def _by_form(data: bytes) -> _Outline | None:
+    """The same by the form that the Trainer writes. A thousand logs of megabytes: found, and not matched."""
+    step = _STEP.match(data, max(0, data.find(_AT_STEP)) + len(_AT_STEP))
+    start = data.find(_AT_LOG) + len(_AT_LOG)
+    end = data.find(_END, start)
+    whole = data.rstrip().endswith(b"}") and b"NaN" in data and _AT_STEP in data and _AT_LOG in data
+    if not whole or step is None or end < 0 or data[start : start + 1] != b"[":
+        return None
+    return _Outline(int(step[1]), data[start : end + len(_END) - 1])
 
 
 def glance(path: Path) -> tuple[int | None, list[Any], list[str]]:

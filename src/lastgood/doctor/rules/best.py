@@ -9,7 +9,7 @@ from typing import Any
 
 from lastgood.doctor.case import Case
 from lastgood.doctor.log import Raised
-from lastgood.doctor.rule import Rule, Sight
+from lastgood.doctor.rule import Rule, Sight, advice
 from lastgood.doctor.settings import Settings
 from lastgood.model import finite
 from lastgood.policy import known_mode
@@ -91,7 +91,8 @@ def _direction(case: Case) -> Iterator[Sight]:
             " (left out, greater_is_better is True for every name that doesn't end in 'loss')",
             fix=(f"greater_is_better={right}",),
         )
-    elif known is None and not case.recorded:
+    elif known is None and not case.recorded and s.greater_is_better != metric.endswith("loss"):
+        # The other way round it was written by somebody who thought about it: it isn't what is inferred.
         yield Sight(
             saw=saw,
             severity="warning",
@@ -122,6 +123,8 @@ def _by_time(case: Case) -> Iterator[Sight]:
 
 def _no_recovery(case: Case) -> Iterator[Sight]:
     s = _of(case)
+    if case.recorded and _over(case):
+        return  # it arrived without one
     length = total_steps(s.max_steps, s.num_train_epochs, s.steps_per_epoch)
     if s.save_strategy == "no":
         yield Sight(
@@ -145,6 +148,13 @@ def _no_recovery(case: Case) -> Iterator[Sight]:
             yield _only_at_the_end(
                 f"save_strategy={s.save_strategy!r}, save_steps={s.save_steps} in a run of {length} steps", length
             )
+
+
+def _over(case: Case) -> bool:
+    """Whether the newest checkpoint is of the run's last step."""
+    newest = case.disk.newest if case.disk is not None else None
+    end = case.disk.state(newest).get("max_steps") if case.disk is not None and newest is not None else None
+    return newest is not None and isinstance(end, int) and newest.step >= end > 0
 
 
 def _only_at_the_end(saw: str, length: int | None) -> Sight:
@@ -270,7 +280,7 @@ RULES: tuple[Rule, ...] = (
         code="CKB006",
         title="A limit without an evaluation keeps the newest checkpoints, not the best",
         severity="warning",
-        arguments=_by_time,
+        arguments=lambda case: advice(_by_time(case), case),
         means="the newest checkpoints are kept, not the best ones",
         cause="save_total_limit counts directories by age. Without a metric there is no best that it could spare.",
         fix=('eval_strategy="steps", metric_for_best_model="eval_loss", greater_is_better=False',),
@@ -280,7 +290,7 @@ RULES: tuple[Rule, ...] = (
         code="CKB007",
         title="There is no recovery point before the end of the run",
         severity="warning",
-        arguments=_no_recovery,
+        arguments=lambda case: advice(_no_recovery(case), case),
         means="a crash loses everything",
         cause="save_strategy='epoch' in a run of one epoch, or save_steps beyond the length of the run.",
         fix=('save_strategy="steps", save_steps=500',),

@@ -145,9 +145,9 @@ RULES: tuple[Rule, ...] = (
         cause="A server of NFS or Lustre that was restarted, or a directory that somebody replaced, makes open files"
         " stale. Errno 5 on a local disk is a disk that is failing: dmesg tells.",
         fix=(
-            "lastgood run -- COMMAND: launched again from the newest good checkpoint",
+            "lastgood run -- COMMAND  # launched again from the newest good checkpoint",
             "save to a local disk, and copy from there",
-            "lastgood -C {root} verify --full: what was damaged by it",
+            "lastgood -C {root} verify --full  # what was damaged by it",
         ),
         source="errno(3): ESTALE, EIO, EREMOTEIO; returnn #1829",
     ),
@@ -162,7 +162,7 @@ RULES: tuple[Rule, ...] = (
         means="the model answers with nothing but NaN, and no resume from here gets over it",
         cause="One step with a gradient that isn't finite makes all weights NaN, and every save after it keeps that."
         " With logging_nan_inf_filter, which is on by default, the logged loss doesn't even show it.",
-        fix=("resume from a checkpoint before it", "lastgood doctor --full {root}: all of them, every byte"),
+        fix=("resume from a checkpoint before it", "lastgood doctor --full {root}  # all of them, every byte"),
         source="IEEE 754; transformers 5.23, Trainer (logging_nan_inf_filter)",
     ),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 from collections.abc import Iterator
 
 from lastgood.doctor.case import Case
@@ -30,7 +31,7 @@ def _zero(case: Case, raised: Raised, match: re.Match[str]) -> Iterator[Sight]:
         if disk is not None and (found := ranks(disk, record, ZERO)):
             evidence = [f"{record.name} holds ZeRO optimizer files of {max(found) + 1} processes"]
             folder = next(name for name in disk.files(record) if ZERO.search(name)).rpartition("/")[0]
-            place = str(disk.path(record) / folder)
+            place = shlex.quote(str(disk.path(record) / folder))
     yield Sight(
         saw=f"saved by {saved} data-parallel processes, resumed by {now}",
         evidence=tuple(evidence),
@@ -127,7 +128,7 @@ def _fsdp(case: Case, raised: Raised, match: re.Match[str]) -> Iterator[Sight]:
         evidence=(f"{name} holds {listed(parts)}, {sum(files.values())} bytes in {len(files)} files",) if parts else (),
         fix=(
             "start with FSDP as before: fsdp=True, or accelerate launch with the same configuration",
-            f"lastgood -C {{root}} export {step} --to accelerate TARGET: all of it in one piece",
+            f"lastgood -C {{root}} export {step} --to accelerate TARGET  # all of it in one piece",
         ),
     )
 
@@ -217,8 +218,8 @@ RULES: tuple[Rule, ...] = (
         cause="Every process writes its shards, then the first one writes .metadata, which says where everything lies."
         " A crash, a full disk or a process that died in between leaves shards that nobody can read.",
         fix=(
-            "lastgood -C {root} log: which checkpoints are whole; load the one before",
-            "lastgood -C {root} doctor --fix: moves it aside",
+            "lastgood -C {root} log  # which checkpoints are whole; load the one before",
+            "lastgood -C {root} doctor --fix  # moves it aside",
         ),
         source="torch 2.13, distributed/checkpoint/state_dict_loader.py; filesystem.py, finish",
     ),
@@ -234,7 +235,7 @@ RULES: tuple[Rule, ...] = (
         fix=(
             "copy the missing files together from the nodes that wrote them",
             "save to storage that all nodes share",
-            "lastgood -C {root} log: load an older checkpoint",
+            "lastgood -C {root} log  # load an older checkpoint",
         ),
         source="torch 2.13, distributed/checkpoint/filesystem.py, FileSystemReader.read_data",
     ),
@@ -313,7 +314,7 @@ RULES: tuple[Rule, ...] = (
         " node wrote to a disk of its own, or if a copy left it out. The Trainer only logs that at the level of"
         " information.",
         fix=(
-            "lastgood -C {root} resume --check: which checkpoint is whole",
+            "lastgood -C {root} resume --check  # which checkpoint is whole",
             "copy the missing files from the node that wrote them",
         ),
         source="transformers 5.23, Trainer._load_rng_state",

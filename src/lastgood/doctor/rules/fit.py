@@ -21,6 +21,9 @@ MISFIT = (
 """How torch's load_state_dict, transformers' from_pretrained and a managed resume end where shapes differ."""
 
 MISSING_LINE = r"There were missing keys in the checkpoint model loaded: \[(.*)\]"
+SURPLUS_LINE = r"There were unexpected keys in the checkpoint model loaded: \[(.*)\]"
+HARMLESS = re.compile(r"(?:^|\.)(?:inv_freq|masked_bias|attn\.bias|position_ids)$")
+"""Buffers that older versions saved and newer ones compute."""
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 SHAPING = (

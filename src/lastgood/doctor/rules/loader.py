@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from lastgood.doctor.case import Case
 from lastgood.doctor.log import Raised
-from lastgood.doctor.rule import Rule, Sight
+from lastgood.doctor.rule import Rule, Sight, advice
 from lastgood.doctor.rules import loader_disk as seen
 from lastgood.doctor.rules.distributed_disk import RANDOM, ranks
 from lastgood.model import TRAINERS, Record
@@ -225,7 +225,7 @@ RULES: tuple[Rule, ...] = (
         code="CKL001",
         title="A resume doesn't go to its place in the data",
         severity="warning",
-        arguments=_skips_nothing,
+        arguments=lambda case: advice(_skips_nothing(case), case),
         means="a resumed run sees the first samples of the epoch twice and the last ones never",
         cause="With ignore_data_skip the Trainer begins the epoch anew after a resume, though it counts on from the"
         " step that was saved. People turn it on because skipping takes long; it takes long only where batches have to"
@@ -263,6 +263,8 @@ RULES: tuple[Rule, ...] = (
         code="CKL004",
         title="The learning rate schedule isn't that of the checkpoint",
         severity="warning",
+        message=r"^KeyError: 'lr_lambdas'",
+        log=seen.other_kind,
         run=_schedule,
         means="the learning rate jumps at the resume: the schedule is computed anew for the new length, from the saved"
         " step on",
@@ -301,7 +303,7 @@ RULES: tuple[Rule, ...] = (
         cause="rng_state.pth is written after the optimizer: a save that was interrupted, or a copy that left it out."
         " The Trainer asks for rng_state.pth on one process and for rng_state_N.pth on several, so another number of"
         " processes doesn't find them either.",
-        fix=("lastgood -C {root} resume: a checkpoint that has everything", "nothing, if bit for bit isn't needed"),
+        fix=("lastgood -C {root} resume  # a checkpoint that has everything", "nothing, if bit for bit isn't needed"),
         source="transformers 5.23, Trainer._load_rng_state (a line at the level of information)",
     ),
     Rule(
@@ -339,7 +341,7 @@ RULES: tuple[Rule, ...] = (
         " workers were changed, or the data was. Another loss on the same data: weights or random states aren't"
         " those that were saved.",
         fix=(
-            "lastgood diff the two checkpoints: what was changed between them",
+            "lastgood diff ONE OTHER  # the two checkpoints: what was changed between them",
             "lastgood -C {root} doctor --prove STEP -- python train.py",
         ),
         source="lastgood, .lastgood/trail.jsonl",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
 from lastgood.doctor.case import Case
 from lastgood.doctor.disk import Disk
 from lastgood.doctor.divergence import relived
+from lastgood.doctor.log import Raised
 from lastgood.doctor.rule import Sight
 from lastgood.doctor.rules.distributed_disk import RANDOM, ranks
 from lastgood.doctor.rules.space_disk import LONGEST, steps_per_epoch
@@ -162,6 +164,17 @@ def _factor(arguments: Arguments, step: int, total: int | None) -> float | None:
     if arguments.get("lr_scheduler_kwargs"):
         return None
     return max(0.0, 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))))
+
+
+def other_kind(case: Case, raised: Raised, match: re.Match[str]) -> Iterator[Sight]:
+    """torch's LambdaLR, handed the state of another class of schedule."""
+    yield Sight(
+        saw=f"{match.group()}: scheduler.pt holds the state of another kind of schedule",
+        means="the resume stops: reduce_lr_on_plateau and the schedules that are a function of the step don't read each"
+        " other's state",
+        fix=("lr_scheduler_type= as it was saved (training_args.bin has it: lastgood show REV)",),
+        severity="error",
+    )
 
 
 def facts(case: Case) -> Iterator[tuple[Record, list[Difference]]]:

@@ -45,7 +45,7 @@ RULES: tuple[Rule, ...] = (
         code="CKP003",
         title="The adapter changes other modules than the one in the checkpoint",
         severity="error",
-        message=_GROUPS,
+        message=_GROUPS + r"|^KeyError: '(?P<lacks>base_model\.model\.[^'\n]{1,500})'",
         warning=r"Found missing adapter keys while loading the checkpoint: (\[.*?\])",
         log=peft_look.other_targets,
         run=peft_look.targets_to_come,
@@ -72,7 +72,7 @@ RULES: tuple[Rule, ...] = (
         fix=(
             "get_peft_model(base, LoraConfig(as in adapter_config.json)), then train(resume_from_checkpoint=...)",
             "SFTTrainer(..., peft_config=...), as when it was saved",
-            "lastgood checkout REV DIR --merge, if a whole model is what you want",
+            "lastgood checkout REV DIR --merge  # if a whole model is what you want",
         ),
         source="transformers 5.23, Trainer._load_from_checkpoint, load_sharded_checkpoint",
     ),
@@ -83,7 +83,7 @@ RULES: tuple[Rule, ...] = (
         message=r"Missing key\(s\) in state_dict: \"base_model\.model\.",
         warning=fit.MISSING_LINE,
         log=peft_look.full_into_adapter,
-        over=("CKV005",),
+        over=("CKV005", "CKV007"),
         means="nothing of the checkpoint is loaded: the Trainer prints a line and trains on from the base model",
         cause="In a model with an adapter every tensor's name begins with base_model.model. Those of a whole model"
         " don't, so none fits. load_state_dict(strict=False), as the Trainer calls it, doesn't mind.",
@@ -129,7 +129,7 @@ RULES: tuple[Rule, ...] = (
         means="the best model isn't loaded at the end, or the adapter isn't restored",
         cause="The Trainer finds no adapter file in a checkpoint that should have one: old versions of transformers and"
         " peft saved the whole model, or nothing.",
-        fix=("pip install -U transformers peft", "lastgood show REV, to see whether a checkpoint holds an adapter"),
+        fix=("pip install -U transformers peft", "lastgood show REV  # to see whether a checkpoint holds an adapter"),
         source="transformers 5.23, Trainer._load_from_checkpoint; peft #96",
     ),
     Rule(
@@ -161,7 +161,7 @@ RULES: tuple[Rule, ...] = (
         cause="A merge that finds no tensor by its name, drops the scaling or rounds to another dtype raises nothing"
         " and gives a model that looks right. An adapter whose B is zero gives exactly the base.",
         fix=(
-            "lastgood checkout REV DIR --merge, which compares every tensor with base + scaling * B @ A",
+            "lastgood checkout REV DIR --merge  # which compares every tensor with base + scaling * B @ A",
             "--base DIR, if the base isn't the one that the adapter names; --dtype, if it has several",
         ),
         source="weights.check; verl #7285; unsloth #869; peft #868",

@@ -20,7 +20,6 @@ from lastgood.model import Record
 FACTOR = re.compile(r"\.lora_(?:embedding_)?([AB])(?:\.|$)")
 TARGETS = ("target_modules", "modules_to_save", "exclude_modules", "layers_to_transform", "bias", "use_dora")
 """Settings of an adapter that decide which tensors it has."""
-
 RANKS = ("r", "rank_pattern")
 COMPARED = 64 << 20
 """Bytes of two adapters that are compared; they differ in the first few if anything was trained."""
@@ -176,6 +175,14 @@ def rank_to_come(case: Case) -> Iterator[Sight]:
 def other_targets(case: Case, raised: Raised, match: re.Match[str]) -> Iterator[Sight]:
     """Another number of trainable parameters than the adapter has, or tensors that peft misses."""
     record = fit.subject(case)
+    if lacks := match.groupdict().get("lacks"):
+        if raised.passed("set_peft_model_state_dict") or not raised.frames:
+            yield Sight(
+                saw=f"the checkpoint's adapter has no {lacks}, which the one being built trains (modules_to_save)",
+                evidence=described(case),
+                fix=("LoraConfig(modules_to_save= as in adapter_config.json of the checkpoint)",),
+            )
+        return
     if match.re.groups and match.groups()[-1] is not None:
         names = fit.quoted(match.group(1))
         modules = sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in names if ".lora_" in name})

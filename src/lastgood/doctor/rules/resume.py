@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lastgood.doctor.rule import Rule
+from lastgood.doctor.rule import Rule, advice
 from lastgood.doctor.rules import resume_disk, resume_log, resume_runs
 
 _GONE = r"FileNotFoundError: (?:\[\w+ \d+\] )?[^:'\n]{1,80}: '([^'\n]+)'"
@@ -225,7 +225,7 @@ RULES: tuple[Rule, ...] = (
         code="CKR016",
         title="Checkpoints without optimizer: none of them can be resumed from",
         severity="warning",
-        arguments=resume_runs.weights_alone,
+        arguments=lambda case: advice(resume_runs.weights_alone(case), case),
         run=resume_disk.no_optimizer,
         means="a resume starts with an empty optimizer and a fresh schedule, without a word",
         cause="save_only_model=True leaves out optimizer, schedule and random states. The same comes of copying a"

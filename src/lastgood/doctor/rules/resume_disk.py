@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+
+import msgspec
 
 from lastgood.doctor.case import Case
 from lastgood.doctor.disk import Disk
@@ -112,7 +115,19 @@ def unreadable(case: Case) -> Iterator[Sight]:
     """CKR004: JSON that isn't."""
     disk = disk_of(case)
     for record, name, why in broken_json(disk):
-        yield _cut(case, record, f"{name} {why}")
+        sight = _cut(case, record, f"{name} {why}")
+        if name not in STOPPING:
+            means = "a Trainer resumes all the same; who loads the model from there stops, or goes on without it"
+            sight = msgspec.structs.replace(sight, means=means, severity=_at_most_warning(sight.severity))
+        yield sight
+
+
+STOPPING = (STATE, "config.json")
+"""JSON files without which a Trainer's resume stops."""
+
+
+def _at_most_warning(severity: Severity | None) -> Severity | None:
+    return "warning" if severity == "error" else severity
 
 
 def broken_json(disk: Disk) -> list[tuple[Record, str, str]]:
@@ -244,7 +259,7 @@ def _relinked(case: Case, record: Record, best: str, severity: Severity) -> Sigh
         if found
         else (f"there is no {name} in {disk.root} either: it was deleted",),
         severity=severity,
-        fix=(f"lastgood doctor --fix {disk.root}: {here.absolute()} is written into {record.name}/{STATE}",)
+        fix=(f"lastgood doctor --fix {shlex.quote(str(disk.root))}  # writes {here.absolute()} into {STATE}",)
         if repair is not None
         else (),
         repair=repair,
@@ -294,7 +309,7 @@ def _tag(disk: Disk, where: str, names: Sequence[str], *, own: bool) -> Iterator
         saw=f"{file} names {named[:100]!r}, which isn't there" if named else f"there is no file {file}",
         where=where or disk.root.name,
         evidence=(f"{newest} is complete: {most} files with optimizer states",),
-        fix=(f"printf {newest} > {folder / 'latest'}",),
+        fix=(f"printf {newest} > {shlex.quote(str(folder / 'latest'))}",),
         repair=None if own else Repair("relink", file, newest),
     )
 

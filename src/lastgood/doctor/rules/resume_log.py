@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -145,7 +146,7 @@ def _explained(case: Case, match: re.Match[str], place: Place, *, state: bool = 
         cause = f"transformers {version} is installed here" if version else ""
         fix = ("pip install -U transformers", *fix)
     elif kind == "other tool":
-        fix = (f"lastgood import {place.path} NEW_RUN", *fix)
+        fix = (f"lastgood import {shlex.quote(str(place.path))} NEW_RUN", *fix)
     elif sharded:
         saw = f"{said} holds no global_step* directory that DeepSpeed could load: only the exported weights are there"
         fix = (*fix, f"start from the weights alone: from_pretrained({whole!r})")
@@ -270,7 +271,11 @@ def no_tag(case: Case, raised: Raised, match: re.Match[str]) -> Iterator[Sight]:
     folder = locate(case, str(Path(match.group(1)).parent)).path
     tags = sorted((n for n in _listed(folder) if n.startswith("global_step")), key=lambda n: (len(n), n))
     there = f"{folder}: {', '.join(tags[-3:])}" if tags else f"there is no global_step* in {folder} on this machine"
-    fix = (f"printf {tags[-1]} > {folder / 'latest'}, if all its shards are there",) if tags else ()
+    fix = (
+        (f"printf {shlex.quote(tags[-1])} > {shlex.quote(str(folder / 'latest'))}  # if all its shards are there",)
+        if tags
+        else ()
+    )
     yield Sight(saw=_line(case, match), evidence=(there,), fix=(*fix, *instead(case.disk)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,12 @@ def _renamed(disk: Disk) -> Iterator[Sight]:
                 saw=f"{record.name} holds the state of step {step}: it was renamed, or copied from elsewhere",
                 where=record.name,
                 means=f"a Trainer that looks for the newest takes it for step {record.step}, and goes on from {step}",
-                fix=(f"mv {disk.path(record)} {disk.root / f'checkpoint-{step}'}, if that name is free",),
+                fix=(f"mv -n {_quoted(disk.path(record))} {_quoted(disk.root / f'checkpoint-{step}')}",),
             )
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
 
 
 def _unadopted(disk: Disk) -> Iterator[Sight]:

@@ -100,7 +100,7 @@ def fix(case: Case) -> tuple[str, ...]:
         # --keep-every 1 wants every checkpoint: nothing but what the save left goes.
         lines.append(f"lastgood -C {{root}} prune --incomplete --keep-every 1 --now{extra or ' --stock'}")
     limit = "keep=lastgood.Keep(last=2, best=1, full=1, ...)" if disk.view.keep is not None else "save_total_limit=2"
-    return (*lines, f"{limit}, so that it doesn't happen again", "lastgood -C {root} df: what takes the space")
+    return (*lines, f"{limit}, so that it doesn't happen again", "lastgood -C {root} df  # what takes the space")
 
 
 def elsewhere(case: Case, text: str) -> tuple[str, ...]:

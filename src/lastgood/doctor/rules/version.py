@@ -72,16 +72,17 @@ RULES: tuple[Rule, ...] = (
         severity="error",
         message=fit.MISFIT + r"|(?:Missing|Unexpected) key\(s\) in state_dict: |[Mm]odel differs after resume"
         r"|the model's tensors differ from those in the checkpoint",
-        warning=fit.MISSING_LINE,
+        warning=f"{fit.MISSING_LINE}|{fit.SURPLUS_LINE}",
         log=version_look.shapes_or_left_out,
         run=version_look.changed_model,
+        over=("CKV007",),
         means="nothing is loaded",
         cause="The model that the script builds isn't the one that was saved: another size, other layers, another"
         " class, or a wrapper that gives every tensor another name. Where tensors are only missing the Trainer prints a"
         " line and goes on with fresh ones. The configuration in the checkpoint says what was saved.",
         fix=(
             "build the model from the checkpoint's own config.json: AutoConfig.from_pretrained(the checkpoint)",
-            "lastgood diff REV OTHER, with a checkpoint that works as the other",
+            "lastgood diff REV OTHER  # with a checkpoint that works as the other",
         ),
         source="torch 2.13, Module.load_state_dict; transformers 5.23, Trainer._issue_warnings_after_load",
     ),
@@ -132,7 +133,7 @@ RULES: tuple[Rule, ...] = (
         " by something that doesn't. (b) accelerate 0.32 and 0.33 read the step from the random states' file; if that"
         " can't be read they say so in a line that nobody sees, and fail at the step. (c) A sharded checkpoint has no"
         " optimizer state for parameters that never got a gradient, and the loading run asks for them.",
-        fix=("lastgood doctor RUN --log FILE, with the whole traceback",),
+        fix=("lastgood doctor RUN --log FILE  # with the whole traceback",),
         source="torch 2.13, Adam.__setstate__; accelerate 0.33, Accelerator.load_state, #2923, #3067; torch 2.13,"
         " distributed.checkpoint.default_planner; prime-rl #2676, #3399",
     ),

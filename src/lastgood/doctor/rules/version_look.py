@@ -159,14 +159,30 @@ def shapes(case: Case, raised: Raised, match: re.Match[str]) -> Iterator[Sight]:
 
 def left_out(case: Case, raised: Raised, match: re.Match[str]) -> Iterator[Sight]:
     """The Trainer loads what there is and only prints the rest."""
-    names = fit.quoted(match.group(1))
-    if not names or all(TIED.search(name) for name in names) or any(n.startswith("base_model.model.") for n in names):
+    names, surplus = _lacking(match.string, fit.MISSING_LINE), _lacking(match.string, fit.SURPLUS_LINE)
+    if any(name.startswith("base_model.model.") for name in names):
+        return
+    surplus = [name for name in surplus if not fit.HARMLESS.search(name)]
+    if surplus and (not names or all(TIED.search(name) for name in names)):
+        yield Sight(
+            saw=f"the model being trained has no place for {len(surplus)} tensors of the checkpoint:"
+            f" {fit.some(surplus, 3)}",
+            evidence=tuple(_reasons(case, [], [])),
+            means="these are left out without a word more: the model that goes on is another one than was saved",
+        )
+        return
+    if not names or all(TIED.search(name) for name in names):
         return
     yield Sight(
         saw=f"the checkpoint lacks {len(names)} tensors of the model being trained: {fit.some(names, 3)}",
         evidence=tuple(_reasons(case, [], names)),
         means="these go on with the values that the model was built with, random ones mostly, and nothing stops it",
     )
+
+
+def _lacking(text: str, line: str) -> list[str]:
+    match = re.search(line, text)
+    return fit.quoted(match.group(1)) if match else []
 
 
 def shapes_or_left_out(case: Case, raised: Raised, match: re.Match[str]) -> Iterator[Sight]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -174,7 +175,7 @@ def without_step(case: Case, raised: Raised, match: re.Match[str]) -> Iterator[S
             means="raised in torch/optim: the optimizer's state has no step for each parameter; raised in"
             " accelerator.py: accelerate 0.32 or 0.33 couldn't read the random states; from"
             " torch.distributed.checkpoint: a parameter that never got a gradient",
-            fix=("lastgood doctor {root} --log FILE, with the whole traceback: it decides which of the three it is",),
+            fix=("lastgood doctor {root} --log FILE  # with the whole traceback: it decides which of the three it is",),
         )
 
 
@@ -186,15 +187,19 @@ def _no_step(case: Case, record: Record | None, lacking: str | None) -> Sight:
         number = case.disk.state(record).get("global_step", record.step)
         step = str(number) if type(number) is int and number >= 0 else str(record.step)
     code = (
-        f'python -c "import torch; p = {path!r}; s = torch.load(p, weights_only=True);'
-        f" [v.setdefault('step', torch.tensor({step}.0)) for v in s['state'].values()]; torch.save(s, p)\""
+        f"import torch; p = {path!r}; s = torch.load(p, weights_only=True);"
+        f" [v.setdefault('step', torch.tensor({step}.0)) for v in s['state'].values()]; torch.save(s, p)"
     )
+    copy = shlex.join(["cp", "-n", path, f"{path}.before"])
     return Sight(
         saw="the optimizer's saved state has no `step` for its parameters",
         evidence=(lacking,) if lacking is not None else (),
         means="another optimizer (apex's FusedAdam keeps one step per group), a converter or an old torch wrote it;"
         " torch's Adam wants a step for each parameter",
-        fix=(f"cp {path!r} aside, then put the step back: {code}", "resume from {good}, if that is another one"),
+        fix=(
+            f"{copy} && python -c {shlex.quote(code)}  # puts the step back",
+            "resume from {good}, if that is another one",
+        ),
     )
 
 
