@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
@@ -198,6 +199,13 @@ def test_metrics_that_are_none(tmp_path: Path, content: str, said: str) -> None:
 # ---- the options -----------------------------------------------------------------------------
 
 
+def test_what_was_measured_between_the_evaluations_is_not_known() -> None:
+    measured = {step: 1 / step for step in range(1, 11)}
+    schedule = Schedule(max_steps=10, save_steps=1, eval_steps=4, metrics=measured, monitor="eval_loss", mode="min")
+    assert schedule.values() == {4: 1 / 4, 8: 1 / 8, 10: 1 / 10}
+    assert len(msgspec.structs.replace(schedule, eval_steps=None).values()) == 10
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -337,12 +345,39 @@ def test_numbers_with_units_and_files_of_metrics(tmp_path: Path) -> None:
         ("--max-steps 10", "the plan of which model"),
         ("somewhere --model 13B --max-steps 10", "are two questions"),
         ("--model 13B", "how long is the run"),
+        ("--model 13B --max-steps 10 --save-steps nan", "--save-steps nan: must be a number"),
+        ("--model 13B --max-steps 10 --eval-steps inf", "--eval-steps inf: must be a number"),
+        ("--model 13B --max-steps 10 --step-time 0s", "--step-time 0s: must be a number above 0"),
+        ("--model 13B --max-steps 10 --save-total-limit 0", "--save-total-limit 0: must be a whole number of at"),
+        ("--model 13B --max-steps 10 --crash-at 11", "--crash-at 11: must be a step from 1 to 10"),
+        ("--model 13B --max-steps 10 --dtype int3", "--dtype 'int3' isn't a dtype"),
+        ("--model 13B --max-steps 10 --metrics overfit@7", "--metrics overfit@7: no evaluation"),
+        ("--model 13B --max-steps 10000000 --save-steps 1", "--save-steps 1 of 10000000 steps: more than"),
+        (f"--model {'a' * 5000} --max-steps 10", "neither a file nor a model"),
     ],
 )
 def test_what_the_command_refuses(words: str, said: str) -> None:
     done = invoke(*words.split())
     assert isinstance(done.exception, UsageError), done.output
     assert said in str(done.exception)
+    assert not done.stdout, "a mistake is told before anything is worked out"
+
+
+def test_what_changes_nothing_is_said() -> None:
+    idle = "--lora-r 4 --shard zero3 --load-best --used 1GB --mtbf 1d --restart 5m"
+    text = invoke("--model", "13B", "--max-steps", 10, *idle.split()).stdout
+    assert [line.split()[1] for line in text.splitlines() if "changes nothing without" in line] == [
+        "--lora-r", "--shard", "--load-best", "--used", "--mtbf", "--restart",
+    ]  # fmt: skip
+    needed = "--train lora --lora-r 4 --shard zero3 --world-size 2 --compare stock --load-best --disk 2TB --used 1GB"
+    more = "--step-time 1s --mtbf 1d --restart 5m --eval-steps 5 --save-steps 5"
+    text = invoke("--model", "13B", "--max-steps", 10, *needed.split(), *more.split()).stdout
+    assert text.startswith("fits: ") and "changes nothing" not in text
+
+
+def test_a_disk_that_is_full_already_has_no_room() -> None:
+    text = invoke("--model", "13B", "--max-steps", 10, "--disk", "1TB", "--used", "2TB").stdout
+    assert text.startswith("doesn't fit: the disk is full at step 10; 72.7 GiB of 0 B")
 
 
 def test_the_charts(tmp_path: Path) -> None:

@@ -280,3 +280,24 @@ def test_damaged_files_are_named(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").unlink()
     with pytest.raises(UsageError, match="neither"):
         model_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        small("llama") | {"num_hidden_layers": 99_999},
+        small("llama") | {"vocab_size": 10**35},
+        {"model_type": "vit", "num_hidden_layers": 10**7},
+        {"model_type": "llava", "text_config": {"model_type": "llama", "num_hidden_layers": 10**7}},
+    ],
+)
+def test_sizes_that_would_take_all_memory_are_refused_at_once(config: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="not a possible size"):
+        model_of(config)
+
+
+@pytest.mark.parametrize("named", [5, "LlamaForCausalLM", {"a": 1}, [None]])
+def test_architectures_that_are_no_list_of_names(named: object) -> None:
+    """They are read as none: what the model type is built as."""
+    plain, odd = small("llama"), small("llama") | {"architectures": named}
+    assert model_of(odd).params == model_of(plain).params

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from transformers import TrainerCallback
 
 import lastgood
@@ -157,7 +158,7 @@ def test_a_managed_script_proves_a_stock_checkpoint(training: list[str], stock: 
 
 def test_an_adopted_run_is_proven_with_its_stock_script(training: list[str], stock: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(stock, tmp_path / "out"))
-    assert call(copy, "adopt", "-y")[0] == 0
+    assert call("adopt", copy, "-y")[0] == 0
     line = [*training, "stock", "nothing", "{run}", "{checkpoint}"]
     assert prove(copy, 4, line).outcome == "same"
     with pytest.raises(UsageError, match="write into"):
@@ -169,6 +170,40 @@ def test_the_last_words_of_a_command_that_fails(training: list[str], managed: Pa
     assert (proof.outcome, proof.status, proof.code) == ("failed", 9, 1)
     assert proof.lines()[-1].endswith("| last words")
     assert sorted(path.name for path in managed.parent.iterdir()) == ["log", "out"]
+
+
+def test_a_command_that_writes_into_the_run_itself_is_found_out(
+    training: list[str], managed: Path, tmp_path: Path
+) -> None:
+    """A stock script with a fixed directory knows nothing of the copy."""
+    copy = Path(shutil.copytree(managed, tmp_path / "out"))
+    proof = prove(copy, 4, [*training, "stock", "nothing", str(copy)])
+    assert (proof.outcome, proof.code) == ("failed", 1)
+    assert sorted(proof.wrote) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    assert "wrote into the run itself" in proof.lines()[-1]
+
+
+def test_a_command_that_trains_nothing_is_told_what_it_needs(managed: Path) -> None:
+    proof = prove(managed, 4, ["true"])
+    assert (proof.outcome, proof.wrote) == ("failed", ())
+    assert "has to be managed" in proof.lines()[-1]
+
+
+def test_what_a_killed_doctor_left_goes_with_the_next_proof(managed: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(managed, tmp_path / "out"))
+
+    def dies() -> None:
+        prove(copy, 4, ["sh", "-c", f"kill -9 {os.getpid()}; sleep 60"])
+
+    assert forked.run(dies, log=tmp_path / "log") == -9
+    (left,) = (path for path in tmp_path.iterdir() if path.name.startswith(".out.prove-"))
+    held = tmp_path / ".out.prove-00000000"
+    (held / "run").mkdir(parents=True)
+    with FileLock(held / "lock"):
+        prove(copy, 4, ["true"])
+        assert not left.exists() and held.exists(), "that of a doctor that lives stays"
+    prove(copy, 4, ["true"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "out"]
 
 
 def test_what_cannot_be_proven(stock: Path, managed: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,31 @@ def test_a_batch_that_cannot_be_known_is_not_guessed_at() -> None:
     assert digest([frozen[:, ::2]]) != digest([frozen])
     large = torch.zeros(WHOLE, dtype=torch.float32)
     assert digest(large) != digest(large + 1)
+
+
+def test_a_batch_costs_milliseconds_whatever_it_is() -> None:
+    text, ring = "x" * (64 << 20), list[Any]()
+    ring.extend([ring] * 9)
+    batches: dict[str, Any] = {
+        "ragged token ids": [list(range(n % 7, 1000)) for n in range(300)],
+        "a long text": text,
+        "long bytes": text.encode(),
+        "a transposed tensor": torch.zeros(4096, 8192).t(),
+        "every second number": np.zeros((4096, 16384), dtype=np.float32)[:, ::2],
+        "bfloat16": torch.zeros(4096, 16384, dtype=torch.bfloat16)[:, ::2],
+        "more than there is memory for": torch.zeros(1, 1).expand(1 << 20, 1 << 20),
+        "a list in itself": ring,
+        "a million words": ["word"] * 1_000_000,
+    }
+    for name, batch in batches.items():
+        begin = time.process_time()
+        known = digest(batch)
+        assert time.process_time() - begin < 1.0, name
+        assert bool(known) == (name not in ("a list in itself", "a million words")), name
+    assert digest([*range(99), 1]) != digest([*range(99), True]) != digest([*range(99), 1.0])
+    assert digest(text) != digest(text.encode()) != digest(text + "x")
+    large = torch.arange(1 << 20).reshape(1024, 1024)
+    assert digest(large.t()) == digest(large.t().contiguous()) != digest(large)
 
 
 def test_batches_come_out_step_by_step() -> None:

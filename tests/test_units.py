@@ -47,6 +47,8 @@ def test_sizes_as_people_write_them(text: str, count: int) -> None:
 def test_a_rate_in_one_word() -> None:
     assert parse_rate(" 1.2GB/s ") == 1.2e9
     assert parse_rate("200 MiB/s") == 200 * 2**20
+    assert parse_rate("10Gb/s") == parse_rate("10 Gbit/s") == parse_rate("10Gbps") == 1.25e9
+    assert parse_rate("10gb/s") == parse_rate("10GB/s") == 1e10
 
 
 @pytest.mark.parametrize("text", ["", "GB", "many", "-1", "-2GB", "nan", "inf", "1e30", "1GB/m", "2 furlongs", "/s"])

@@ -61,5 +61,12 @@ def parse_duration(text: str) -> float:
 
 
 def parse_rate(text: str) -> float:
-    """Bytes per second of 1.2GB/s, 200 MiB/s, and of a size alone. Raises ValueError."""
-    return float(parse_size(text.strip().removesuffix("/s")))
+    """Bytes per second of 1.2GB/s, 200 MiB/s, 10Gb/s or 10 Gbit/s (bits: an eighth), and of a size alone.
+
+    Raises ValueError.
+    """
+    word = text.strip().removesuffix("/s").removesuffix("ps").rstrip()
+    bits = word.removesuffix("it")
+    if word.endswith("bit") or (bits.endswith("b") and bits[-2:-1].isupper()):  # a lower-case b behind K, M, G or T
+        return parse_size(bits[:-1]) / 8
+    return float(parse_size(word))

@@ -43,7 +43,11 @@ SHOWN = 3
 @click.option("--prove", type=int, metavar="STEP", help="Resume from STEP in a copy, by CMD, and compare step by step.")
 @click.option("--steps", type=click.IntRange(1), default=20, metavar="N", help="With --prove: so many (default: 20).")
 @click.option(
-    "--rtol", type=click.FloatRange(0, 1), default=0.0, metavar="R", help="With --prove: tolerate R of a value."
+    "--rtol",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    metavar="R",
+    help="With --prove: tolerate R of a value.",
 )
 def doctor(root: str | None, words: tuple[str, ...], style: Style, **o: Any) -> None:
     """What is wrong with a run, its settings or its log: what was seen, what it means and how to fix it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from lastgood.cli import text
 from lastgood.cli.place import is_run, run_option
 from lastgood.cli.table import Style, emit, emit_json, forms, terminal_width
 from lastgood.errors import UsageError
+from lastgood.planner.options import KEEP
 
 if TYPE_CHECKING:
     from lastgood.planner.plan import Plan
@@ -69,12 +71,19 @@ def plan(root: str | None, run: str | None, style: Style, model: str | None, plo
         return
     if run is not None or root is not None:
         raise UsageError("a RUN and --model are two questions", hint="leave one of them out")
+    if plot not in (None, "-"):
+        from lastgood.planner.figure import check
+
+        check(Path(str(plot)))
     import lastgood.planner.plan as planning
     from lastgood.cli.planned import show
 
     if "metrics" in given:
         given |= _metrics(given["metrics"], given.get("monitor"))
-    found = planning.plan(model, **given | _numbers(given))
+    try:
+        found = planning.plan(model, **given | _numbers(given))
+    except UsageError as error:
+        raise _spelled(error, given) from None
     if style.json:
         import msgspec
 
@@ -91,6 +100,32 @@ def plan(root: str | None, run: str | None, style: Style, model: str | None, plo
         _draw(str(plot), found)
     if found.fits is False:
         raise SystemExit(1)
+
+
+_ABOUT = re.compile(r"(Keep\((?P<rule>\w+)\)|(?P<name>[a-z_]+))(?= |=)")
+_RULES = {f"Keep({rule})": option for option, rule in KEEP.items()}
+
+
+def _spelled(error: UsageError, given: dict[str, Any]) -> UsageError:
+    """An error of the library with the option as it was typed, without its value as Python has it."""
+    message, hint = error.message, error.hint
+    about = _ABOUT.match(message)
+    name = "" if about is None else _RULES.get(about[0], about[0])
+    if about is not None and name in given:
+        rest = message[about.end() :].lstrip(" =")
+        if rest.startswith("must be "):
+            expected = rest.rpartition(", not ")[0].replace(", or None", "")
+            rest = f"{text.plain(str(given[name]))}: {expected}"
+        message = f"--{name.replace('_', '-')} {rest}"
+    elif message.startswith("overfit@"):
+        message = f"--metrics {message}"
+    if hint:
+        hint = re.sub(r"\b(mode|monitor|metrics|save_steps|eval_steps)='?([\w@]+)'?", _option, hint)
+    return UsageError(message, hint=hint, code=error.code)
+
+
+def _option(match: re.Match[str]) -> str:
+    return f"--{match[1].replace('_', '-')} {match[2]}"
 
 
 def _draw(plot: str, found: Plan) -> None:
@@ -145,7 +180,7 @@ def _numbers(given: dict[str, Any]) -> dict[str, Any]:
                 option = f"--{name.replace('_', '-')}"
                 raise UsageError(f"{option} {text.plain(given[name])!r} is not {expected}") from None
     for name in ("save_steps", "eval_steps"):
-        if name in given and given[name] == int(given[name]):
+        if name in given and float(given[name]).is_integer():
             found[name] = int(given[name])
     return found
 

@@ -43,7 +43,7 @@ def _wrapped(said: Sequence[str]) -> list[str]:
 def _answer(plan: Plan, style: Style) -> list[str]:
     best, machine, out = plan.lastgood, plan.machine, []
     if machine.disk is not None:
-        room = style.size(machine.disk - machine.used)
+        room = style.size(max(0, machine.disk - machine.used))
         if best.full_at is None:
             out.append(f"fits: at most {style.size(best.peak)} of {room}")
         else:
@@ -57,7 +57,8 @@ def _answer(plan: Plan, style: Style) -> list[str]:
         out.append(f"after a crash at step {crash.step}: {count} on disk ({steps}), {resume}{deploy}")
     if not out:
         left = best.uses[-1].count if best.uses else 0
-        out.append(f"at most {style.size(best.peak)} on disk, {style.size(best.end)} in {left} checkpoints at the end")
+        many = f"{left} checkpoint{'' if left == 1 else 's'}"
+        out.append(f"at most {style.size(best.peak)} on disk, {style.size(best.end)} in {many} at the end")
     return out
 
 
@@ -164,13 +165,22 @@ def _verdicts(outcomes: Sequence[Outcome], crashes: Sequence[Crash | None]) -> l
 
 def _often(plan: Plan) -> list[str]:
     found = plan.frequency
-    out = [f"a save every {found.interval:g} steps: a failure costs {found.redone:g} steps on average"]
+    out = [f"a save every {_steps(found.interval)}: a failure costs {_steps(found.redone)} on average"]
     if found.failures is not None and found.lost is not None:
-        out[0] += f"; {found.failures:,.1f} failures expected, {units.span(found.lost)} done again"
+        out[0] += f"; {_few(found.failures)} failures expected, {units.span(found.lost)} done again"
     if found.cost is not None:
         share = "" if found.overhead is None else f", {100 * found.overhead:.1f} % of the time"
         out.append(f"a save takes {units.span(found.cost)}{share}")
     if found.young is not None and found.daly is not None:
         waste = "" if found.waste is None else f"; with failures {100 * found.waste:.1f} % of the time is lost"
-        out.append(f"best interval: {max(1, found.daly):.0f} steps (Daly; Young: {max(1, found.young):.0f}){waste}")
+        best = _steps(round(max(1, found.daly)))
+        out.append(f"best interval: {best} (Daly; Young: {max(1, found.young):.0f}){waste}")
     return out
+
+
+def _steps(count: float) -> str:
+    return f"{count:.10g} step{'' if count == 1 else 's'}"
+
+
+def _few(count: float) -> str:
+    return f"{count:,.1f}" if count >= 0.95 else f"{count:.1g}"

@@ -12,6 +12,7 @@ from lastgood.repo.trail import Entry
 
 AROUND = 3
 """Rows of the table before the first difference, and after it."""
+NEEDS = ": its Trainer has to be managed, or take its directory from {run}"
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -29,7 +30,8 @@ class Proof(msgspec.Struct, frozen=True, kw_only=True):
 
     compared: steps (of a log: rows) that both have, of the `steps` that were asked for and recorded. source: "trail",
     every step with its data, or "log", what the Trainer logged. status: the command's, or minus the signal that ended
-    it. output: the last lines that it printed. kept: the scratch directory, if it was to stay.
+    it. output: the last lines that it printed. kept: the scratch directory, if it was to stay. wrote: checkpoints of the
+    run itself that were written to meanwhile.
     """
 
     checkpoint: str
@@ -43,6 +45,7 @@ class Proof(msgspec.Struct, frozen=True, kw_only=True):
     rows: tuple[Row, ...] = ()
     output: tuple[str, ...] = ()
     kept: str | None = None
+    wrote: tuple[str, ...] = ()
     rtol: float = 0.0
 
     @property
@@ -61,6 +64,10 @@ class Proof(msgspec.Struct, frozen=True, kw_only=True):
             told.append(f"  the command ended there: {self.steps - self.compared} more were recorded")
         if self.outcome == "failed":
             told += [f"  | {line}" for line in self.output]
+            if not self.compared and self.status == 0 and not self.wrote:
+                told.append(f"  it trained nothing there{NEEDS}")
+        if self.wrote:
+            told.append(f"  the command wrote into the run itself, not into the copy: {', '.join(self.wrote)}{NEEDS}")
         if self.kept is not None:
             told.append(f"  kept: {self.kept}")
         return tuple(told)

@@ -7,9 +7,10 @@ Any other gets the directory through `{run}` in its arguments.
 
 from __future__ import annotations
 
+import os
 import signal
-import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +20,12 @@ from lastgood import policy
 from lastgood.doctor import recorded
 from lastgood.doctor.divergence import first_divergence, following
 from lastgood.doctor.proof import Proof, side_by_side
-from lastgood.errors import CorruptCheckpoint, NoCheckpoint, NotEnoughSpace, NotSupported, Refused, UsageError
+from lastgood.doctor.scratch import place_for
+from lastgood.errors import CorruptCheckpoint, NoCheckpoint, NotSupported, UsageError
 from lastgood.format import manifest as codec
 from lastgood.model import TRAINERS, Record, checkpoint_name
 from lastgood.repo import trail
-from lastgood.repo.layout import hidden, new_id
+from lastgood.repo.layout import hidden
 from lastgood.repo.run import start_run
 from lastgood.repo.trail import Entry
 from lastgood.store import local
@@ -94,16 +96,30 @@ def prove(
             hint="prove an earlier checkpoint, or this one when the run has gone on",
         )
     last = min(step + steps, reference.last)
-    place = _place(view.root, record, keep)
-    try:
-        scratch = place / "run"
+    with place_for(view.root, record, keep) as place:
+        scratch, before = place / "run", _files(view)
         copied = _copy(view, record, scratch)
         status, output = _repeat(command, scratch, copied, last, place / "output.log", poll)
         proof = _judge(record, reference.until(last), scratch, status, rtol)
-        return msgspec.structs.replace(proof, output=output, kept=None if keep is None else str(place))
-    finally:
-        if keep is None:
-            local.remove(place)
+        written = {name for (name, file), what in _files(view).items() if before.get((name, file)) != what}
+        wrote = tuple(record.name for record in view.records if record.name in written)
+        return msgspec.structs.replace(proof, output=output, kept=None if keep is None else str(place), wrote=wrote)
+
+
+def _files(view: View) -> dict[tuple[str, str], tuple[int, int]]:
+    """(checkpoint, file) -> size and time of those that nobody has a reason to write any more.
+
+    A run that trains meanwhile may still be writing the newest, and strips older ones.
+    """
+    names = sorted((record.step, record.name) for record in view.records)[:-1]
+    found = {}
+    for _, name in names:
+        for file in local.names(view.root / name):
+            if file != codec.NAME:
+                with suppress(OSError):
+                    status = os.lstat(view.root / name / file)
+                    found[name, file] = (status.st_size, status.st_mtime_ns)
+    return found
 
 
 def _chosen(view: View, step: int) -> Record:
@@ -125,32 +141,6 @@ def _reference(view: View, record: Record) -> _Reference:
     return _Reference(
         tuple(entry for entry in entries if entry.step > record.step),
         recorded.log_after(view.root, view.path(record), record.step, fresh_window=fresh),
-    )
-
-
-def _place(root: Path, record: Record, keep: Path | None) -> Path:
-    """A new directory: beside the run, where a copy may share its blocks, if that can be written to."""
-    if keep is not None and local.names(keep):
-        raise Refused(f"{keep} is not empty", hint="name a directory that doesn't exist yet")
-    name = f".{root.resolve().name}.prove-{new_id()[:8]}"
-    places = (
-        [keep.resolve()] if keep is not None else [root.resolve().parent / name, Path(tempfile.gettempdir()) / name]
-    )
-    for number, place in enumerate(places, 1):
-        try:
-            local.make_dirs(place)
-        except OSError:
-            if number == len(places):
-                raise
-            continue
-        free, _ = local.free(place)
-        if free >= record.size:
-            return place
-        if keep is None:
-            local.remove(place)
-    raise NotEnoughSpace(
-        f"a copy of {record.name} needs {record.size} bytes, which is more than is free beside {root}",
-        hint="--keep DIR names a place on another disk",
     )
 
 

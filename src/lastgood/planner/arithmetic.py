@@ -10,8 +10,9 @@ from lastgood.errors import UsageError
 from lastgood.planner.families import FAMILIES, Family
 from lastgood.planner.tensor import Role, Tensor
 
-LAYERS_LIMIT = 100_000
-"""Most layers that are believed: a configuration with more is a mistake, and would take all memory."""
+LAYERS_LIMIT, SIZE_LIMIT = 10_000, 1 << 32
+"""Most layers, and the largest width or vocabulary, that are believed: a configuration with more is a mistake, and its
+layers would take all memory."""
 
 
 def tensors(config: Mapping[str, Any]) -> tuple[Tensor, ...] | None:
@@ -27,7 +28,7 @@ def tensors(config: Mapping[str, Any]) -> tuple[Tensor, ...] | None:
 
 def _usual(config: Mapping[str, Any], family: Family) -> bool:
     plain = all(config.get(key, value) == value for key, value in family.plain.items())
-    return plain and list(config.get("architectures") or [family.architecture]) == [family.architecture]
+    return plain and (config.get("architectures") or [family.architecture]) == [family.architecture]
 
 
 def _values(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def _values(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
     }
     for letter, key in family.letters.items():
         value = derived.get(letter) if sizes[letter] is None else sizes[letter]
-        if type(value) is not int or value < 1 or (letter in "NM" and value > LAYERS_LIMIT):
+        if type(value) is not int or not 1 <= value <= (LAYERS_LIMIT if letter in "NM" else SIZE_LIMIT):
             raise UsageError(f"{key} of the configuration is {known.get(key)!r}, not a possible size")
         sizes[letter] = value
     tied = family.always or bool(known.get("tie_word_embeddings", family.tied))

@@ -17,10 +17,15 @@ UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 """Of the axis of bytes, by powers of 1024."""
 
 
+def check(path: Path) -> None:
+    """Raise UsageError for a kind of file that isn't drawn."""
+    if path.suffix.lower() not in KINDS:
+        raise UsageError(f"{path.name!r}: a picture is one of {', '.join(KINDS)}", hint="--plot - draws it as text")
+
+
 def draw(plan: Plan, path: Path) -> None:
     """Write the picture. Raises UsageError for another kind of file, or where matplotlib isn't installed."""
-    if path.suffix.lower() not in KINDS:
-        raise UsageError(f"{path.name}: a picture is one of {', '.join(KINDS)}", hint="--plot - draws it as text")
+    check(path)
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

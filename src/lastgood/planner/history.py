@@ -12,7 +12,7 @@ import msgspec
 from lastgood.errors import UsageError, wrong_type
 from lastgood.model import finite
 from lastgood.policy import Mode, known_mode
-from lastgood.schedule import save_points
+from lastgood.schedule import absolute_steps, save_points
 from lastgood.simulate import Event, Metrics, Retain, Save
 
 SHAPES = ("falling", "overfit", "flat", "noisy", "none")
@@ -20,6 +20,9 @@ SHAPES = ("falling", "overfit", "flat", "noisy", "none")
 noise of 5 %; not evaluated at all."""
 
 STRATEGIES = ("steps", "epoch", "best", "no")
+
+MOST = 100_000
+"""Saves, or evaluations, that a plan reckons with: more are a mistake, and would take all memory."""
 
 
 class Schedule(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,6 +56,10 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True):
                 raise wrong_type(option, value, "a number of steps above 0, or a share of the run below 1")
             if value is not None and value > 1 and value != int(value):
                 raise wrong_type(option, value, "a whole number of steps, or a share of the run below 1")
+        for option in ("save_steps", "eval_steps"):
+            value = getattr(self, option)
+            if value is not None and self.max_steps // max(1, absolute_steps(value, self.max_steps)) > MOST:
+                raise UsageError(f"{option}={value:g} of {self.max_steps} steps: more than {MOST} times in one run")
         if isinstance(self.metrics, str) and self.metrics.partition("@")[0] not in SHAPES:
             raise UsageError(
                 f"metrics={self.metrics!r} is no known course of a metric",
@@ -76,11 +83,13 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True):
         """The steps that are evaluated, in order."""
         if not self.evaluated:
             return ()
-        if isinstance(self.metrics, Mapping):
-            return tuple(sorted(step for step in self.metrics if 0 < step <= self.max_steps))
-        if self.eval_steps is None:
+        every = None if self.eval_steps is None else save_points("steps", self.eval_steps, max_steps=self.max_steps)
+        if isinstance(self.metrics, Mapping):  # what was measured in between, eval_steps won't see
+            steps = self.metrics if every is None else self.metrics.keys() & set(every)
+            return tuple(sorted(step for step in steps if 0 < step <= self.max_steps))
+        if every is None:
             return self.saves() or tuple(save_points("steps", self.save_steps, max_steps=self.max_steps))
-        return tuple(save_points("steps", self.eval_steps, max_steps=self.max_steps))
+        return tuple(every)
 
     def values(self) -> dict[int, float]:
         """step -> value of the metric at its evaluation. Raises UsageError for an overfit@STEP that isn't evaluated."""

@@ -12,10 +12,18 @@ from contextlib import contextmanager
 from typing import Any
 
 from lastgood.errors import UsageError
+from lastgood.planner.arithmetic import LAYERS_LIMIT
 from lastgood.planner.tensor import Role, Tensor
 
 HEADS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel")
 """What a model type is built as where its configuration names no architecture, in this order."""
+
+
+DEPTHS = frozenset(
+    f"{word}{end}" for word in ("num_", "n_", "encoder_", "decoder_", "num_hidden_", "num_decoder_", "num_encoder_")
+    for end in ("layer", "layers", "blocks", "experts", "local_experts", "routed_experts")
+)  # fmt: skip
+"""What configurations call the number of modules that are made again and again."""
 
 
 def installed() -> bool:
@@ -33,6 +41,7 @@ def tensors(config: Mapping[str, Any]) -> tuple[Tensor, ...]:
             "torch and transformers aren't installed, so this model can't be built",
             hint="pip install 'lastgood[trl]', or name a model of the table, such as --model 7B",
         )
+    _believed(config)
     import torch
 
     with _offline(), torch.device("meta"):
@@ -49,6 +58,15 @@ def tensors(config: Mapping[str, Any]) -> tuple[Tensor, ...]:
     return tuple(_described(model))
 
 
+def _believed(config: Mapping[str, Any]) -> None:
+    """Raise UsageError for a number of layers that would take all memory and hours, even without their data."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            _believed(value)
+        elif key in DEPTHS and isinstance(value, (int, float)) and value > LAYERS_LIMIT:
+            raise UsageError(f"{key} of the configuration is {value!r}, not a possible size")
+
+
 def _build(config: Mapping[str, Any]) -> Any:
     import transformers
 
@@ -61,8 +79,8 @@ def _build(config: Mapping[str, Any]) -> Any:
     made = transformers.CONFIG_MAPPING[kind].from_dict(
         {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
     )
-    named = config.get("architectures") or [None]
-    wanted = getattr(transformers, str(named[0]), None)
+    named = config.get("architectures")
+    wanted = getattr(transformers, str(named[0]), None) if isinstance(named, list) and named else None
     if wanted is not None and hasattr(wanted, "_from_config"):
         return wanted._from_config(made)
     for name in HEADS:

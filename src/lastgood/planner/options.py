@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -65,12 +65,31 @@ def asked(keep: Keep | None, options: Mapping[str, Any]) -> Asked:
         raise wrong_type("compare", compare, "'stock' or None")
     if schedule.metrics is None and schedule.evaluated:
         schedule = msgspec.structs.replace(schedule, metrics=_course(schedule, crash_at))
-        notes += (f"{schedule.monitor} is assumed: {schedule.metrics}; `metrics` gives another course or real values",)
+        notes += (f"{schedule.monitor} is assumed: {schedule.metrics}; --metrics gives another course or real values",)
+    notes += tuple(_without_effect(options))
     return Asked(
         training=Training(**given["Training"]), schedule=schedule, machine=Machine(**given["Machine"]), keep=policy,
         limit=policy.total if policy.total is not None else (policy.last or 0) + (policy.best or 0) or None,
         load_best=options.get("load_best_model_at_end"), crash_at=crash_at, compare=compare, notes=notes,
     )  # fmt: skip
+
+
+def _without_effect(options: Mapping[str, Any]) -> Iterator[str]:
+    """What was asked for and decides nothing: said, lest its numbers are taken for those of the run."""
+    lora, ranks = options.get("train") == "lora", options.get("world_size", 1)
+    idle = {
+        "lora_r": (not lora, "--train lora"),
+        "dtype": (lora, "--train full"),
+        "shard": (ranks == 1 and options.get("shard") != "none", "a --world-size above 1"),
+        "load_best_model_at_end": (options.get("compare") is None, "--compare stock"),
+        "used": ("disk" not in options, "--disk"),
+        "mtbf": ("step_time" not in options, "--step-time"),
+        "restart": ("step_time" not in options or not options.keys() & {"mtbf", "crash_at"}, "--mtbf, --step-time"),
+    }
+    for name, (without, unless) in idle.items():
+        if name in options and without:
+            option = "load-best" if name.startswith("load_best") else name.replace("_", "-")
+            yield f"--{option} changes nothing without {unless}"
 
 
 def _metric(

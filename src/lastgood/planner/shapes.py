@@ -59,9 +59,9 @@ def model_of(what: object, *, torch: bool | None = None) -> Model:
     if not isinstance(text, str) or not text.strip():
         raise UsageError("the model's name is empty", hint="a size such as 7B, a name, or the path of its files")
     path = Path(text).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # Path's own methods raise for a name that is too long
         return _from_directory(path, torch)
-    if path.is_file():
+    if os.path.isfile(path):
         return _from_file(path, torch)
     if isinstance(what, os.PathLike):
         raise UsageError(f"{text} isn't there", hint="the model's directory, its config.json or a safetensors file")
@@ -90,7 +90,7 @@ def _unknown(text: str) -> UsageError:
     titles = [known.MODELS[name].title for name in near]
     hint = f"did you mean {' or '.join(titles)}? " if titles else ""
     return UsageError(
-        f"{text!r} is neither a file nor a model that is known here",
+        f"{text[:200]!r} is neither a file nor a model that is known here",
         hint=f"{hint}a size such as 7B works, and so does the path of the model's directory or config.json",
     )
 
@@ -252,4 +252,5 @@ def _title(config: Mapping[str, Any], otherwise: str) -> str:
 
 
 def _heads(config: Mapping[str, Any]) -> str:
-    return ", ".join(map(str, config.get("architectures") or ())) or "no architecture named"
+    named = config.get("architectures")
+    return ", ".join(map(str, named)) if isinstance(named, list) and named else "no architecture named"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import marshal
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -11,8 +12,13 @@ import torch
 from blake3 import blake3
 
 WHOLE = 1 << 20
-"""Bytes up to which a tensor is hashed whole (1 MiB); of larger ones (images) evenly spaced pieces are."""
+"""Bytes up to which a tensor or a text is hashed whole (1 MiB); of larger ones evenly spaced pieces are."""
 PIECES, PIECE = 256, 4096
+MOST = 100_000
+"""Values in one batch that are looked at one by one; a batch of more isn't known."""
+
+NUMBERS = {bool, int, float, type(None)}
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 UNKNOWN = ""
 
@@ -52,15 +58,26 @@ def digest(batch: Any) -> str:
     """16 hex digits over names, dtypes, shapes and bytes; "" where reading it would cost or can't be done."""
     hasher = blake3()
     try:
-        known = _feed(hasher, batch, 0)
+        known = _feed(hasher, batch, 0, _Budget())
     except Exception:  # whatever a user's batch is made of: it isn't known, and training goes on
         return UNKNOWN
     return hasher.hexdigest(length=8) if known else UNKNOWN
 
 
-def _feed(hasher: Any, value: Any, depth: int) -> bool:
+class _Budget:
+    """What one batch may cost: a list that holds itself, or a million strings, must not stop the training."""
+
+    def __init__(self) -> None:
+        self.left = MOST
+
+    def spent(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def _feed(hasher: Any, value: Any, depth: int, budget: _Budget) -> bool:
     """Whether all of it could be hashed."""
-    if depth > 16:
+    if depth > 16 or budget.spent():
         return False
     if isinstance(value, torch.Tensor):
         # Never one on a device: to read it would make the device wait.
@@ -74,10 +91,18 @@ def _feed(hasher: Any, value: Any, depth: int) -> bool:
     if isinstance(value, Mapping):
         hasher.update(b"{%d" % len(value))
         pairs = sorted(value.items(), key=lambda pair: str(pair[0]))
-        return all(_feed(hasher, name, depth + 1) and _feed(hasher, item, depth + 1) for name, item in pairs)
+        return all(
+            _feed(hasher, name, depth + 1, budget) and _feed(hasher, item, depth + 1, budget) for name, item in pairs
+        )
     if isinstance(value, (list, tuple)):
         hasher.update(b"[%d" % len(value))
-        return all(_feed(hasher, item, depth + 1) for item in value)
+        if len(value) > 8 and len(value) <= WHOLE and set(map(type, value)) <= NUMBERS:  # token ids: all in one go
+            hasher.update(marshal.dumps(list(value), 0))  # version 0: by value alone, not by which objects are shared
+            return True
+        return all(_feed(hasher, item, depth + 1, budget) for item in value)
+    if isinstance(value, (str, bytes)) and len(value) > WHOLE:
+        _long(hasher, value)
+        return True
     if value is None or isinstance(value, (bool, int, float, str, bytes, np.generic)):
         hasher.update(f"{type(value).__name__}:{value!r};".encode(errors="surrogatepass"))
         return True
@@ -85,17 +110,27 @@ def _feed(hasher: Any, value: Any, depth: int) -> bool:
 
 
 def _array(value: torch.Tensor) -> Any:
+    """Its elements without a copy, as integers of their width where NumPy doesn't have the type (bfloat16)."""
+    value = value.detach().resolve_conj().resolve_neg()
     try:
         return value.numpy()
-    except (TypeError, RuntimeError):  # bfloat16 and others that NumPy doesn't have; gradients, conjugates
-        return value.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy()
+    except TypeError:
+        return value.view(INTEGERS[value.element_size()]).numpy()
 
 
 def _bytes(hasher: Any, what: str, values: Any) -> None:
     hasher.update(what.encode())
-    data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-    if data.nbytes <= WHOLE:
-        hasher.update(data.data)
+    if values.nbytes <= WHOLE:
+        hasher.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
         return
-    for start in np.linspace(0, data.nbytes - PIECE, PIECES, dtype=np.int64):
-        hasher.update(data[start : start + PIECE].data)
+    each = max(1, PIECE // values.itemsize)
+    flat = values.reshape(-1) if values.flags.c_contiguous else values.flat  # flat: others would be copied as a whole
+    for start in np.linspace(0, values.size - each, PIECES, dtype=np.int64).tolist():
+        hasher.update(np.ascontiguousarray(flat[start : start + each]).view(np.uint8).data)
+
+
+def _long(hasher: Any, value: str | bytes) -> None:
+    hasher.update(f"{type(value).__name__}{len(value)}".encode())
+    for start in np.linspace(0, len(value) - PIECE, PIECES, dtype=np.int64).tolist():
+        piece = value[start : start + PIECE]
+        hasher.update(piece if isinstance(piece, bytes) else piece.encode(errors="surrogatepass"))
