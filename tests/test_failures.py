@@ -140,7 +140,8 @@ def test_the_worst_would_be_kept_is_an_error(tmp_path: Path) -> None:
     args = {"metric_for_best_model": "perplexity", "eval_strategy": "steps", "eval_steps": 2}
     with pytest.raises(lastgood.UsageError, match="greater_is_better=False") as caught:
         lastgood.manage(Case("x", args=args, evaluate=True).trainer(tmp_path))
-    assert caught.value.code == "CKB005"
+    assert "CKB005: metric_for_best_model='perplexity'" in caught.value.message
+    assert caught.value.code == "CKB004"  # said first: the evaluation doesn't yield it at all
 
 
 def test_a_metric_that_evaluation_does_not_yield_is_an_error(tmp_path: Path) -> None:

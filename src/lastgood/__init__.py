@@ -59,9 +59,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "Conflict": "lastgood.errors",
     "CorruptCheckpoint": "lastgood.errors",
+    "Finding": "lastgood.doctor.finding",
     "Incompatible": "lastgood.errors",
     "IncompleteRestore": "lastgood.errors",
-    "Finding": "lastgood.doctor.finding",
     "Keep": "lastgood.policy",
     "LastgoodError": "lastgood.errors",
     "ManagedTrainer": "lastgood.integrations.transformers.trainer",

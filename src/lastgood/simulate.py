@@ -24,6 +24,7 @@ from lastgood.model import (
     checkpoint_name,
     extend,
     going_on,
+    lineage_in_force,
     next_seq,
     placed,
     stripped,
@@ -119,9 +120,14 @@ def simulate(history: Iterable[Event], keep: Keep) -> tuple[Moment, ...]:
     return tuple(moments(history, keep))
 
 
-def moments(history: Iterable[Event], keep: Keep) -> Iterator[Moment]:
-    """The same one by one, for who needn't see the end."""
-    run = _Run(keep)
+def moments(
+    history: Iterable[Event], keep: Keep, there: Iterable[Record] = (), head: Head | None = None
+) -> Iterator[Moment]:
+    """The same one by one, for who needn't see the end.
+
+    there: of a run that goes on, its checkpoints on the branch that it is on; head: where it went back to.
+    """
+    run = _Run.from_disk(keep, tuple(there), head)
     for event in history:
         if isinstance(event, Save):
             run.save(event)
@@ -150,6 +156,12 @@ class _Run:
     step: int = 0
     saved: dict[int, str] = field(default_factory=dict)  # step -> id, of this life
     settled: int = 0  # so many of the oldest stay as they are for good
+
+    @classmethod
+    def from_disk(cls, keep: Keep, there: tuple[Record, ...], head: Head | None) -> _Run:
+        """With what is there already; saves go on from the end of the branch in force."""
+        size = sum([record.size for record in there])
+        return cls(keep, placed(there, head), size, head, lineage_in_force(there, head), next_seq(there, head))
 
     def save(self, event: Save) -> None:
         id = f"{self.next:08x}" * 2  # the first 8 digits tell displaced names apart

@@ -45,6 +45,13 @@ def say(message: str) -> None:
         _logger.info(line)
 
 
+def note(message: str) -> None:
+    """What only somebody who looks for a fault wants to know."""
+    _prepare()
+    for line in message.splitlines():
+        _logger.debug(line)
+
+
 def warn(message: str) -> None:
     """Something to act on."""
     _prepare()

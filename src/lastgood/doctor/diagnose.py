@@ -100,6 +100,11 @@ def chosen(select: Sequence[str], ignore: Sequence[str]) -> tuple[Rule, ...]:
     return tuple(r for r in RULES if r.code.startswith(wanted) and not (unwanted and r.code.startswith(unwanted)))
 
 
+def rule(code: str) -> Rule:
+    """The rule with this code."""
+    return next(rule for rule in RULES if rule.code == code)
+
+
 def serious(findings: Sequence[Finding]) -> bool:
     """Whether anything in it is worth stopping for."""
     return any(finding.severity in SERIOUS for finding in findings)

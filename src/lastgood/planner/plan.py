@@ -9,10 +9,10 @@ from typing import Any
 import msgspec
 
 from lastgood.errors import UsageError
-from lastgood.planner import compared, managed
+from lastgood.planner import compared, live, managed
 from lastgood.planner.history import Schedule, events
 from lastgood.planner.machine import Frequency, Machine, how_often
-from lastgood.planner.options import Asked, asked
+from lastgood.planner.options import KEEP, Asked, asked
 from lastgood.planner.outcome import Outcome
 from lastgood.planner.shapes import Model, model_of
 from lastgood.planner.sizes import Sizes, Training, sizes
@@ -50,18 +50,22 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         return None if self.machine.disk is None else self.lastgood.full_at is None
 
 
-def plan(model: str | os.PathLike[str] | Mapping[str, Any], keep: Keep | None = None, **options: Any) -> Plan:
+def plan(model: str | os.PathLike[str] | Mapping[str, Any] | Any, keep: Keep | None = None, **options: Any) -> Plan:
     """What a run will put onto the disk, what a crash would find there, and how often to save.
 
-    model: a size ("13B"), a well-known name, a directory, a config.json or a config. keep: the policy; or, flat,
-    keep_last, keep_best, keep_every, keep_full, keep_within, or save_total_limit. Further options by name:
+    model: a size ("13B"), a well-known name, a directory, a config.json, a config, a torch module, or a Trainer: its
+    schedule, optimizer, policy and disk then count for what isn't given. keep: the policy; or, flat, keep_last,
+    keep_best, keep_every, keep_full, keep_within, or save_total_limit. Further options by name:
     training: train ("full", "lora"), optim, dtype, master, lora_r, ...; schedule: max_steps, save_strategy,
     save_steps, eval_steps, metrics, monitor, mode; machine: disk and used (bytes), bandwidth (bytes/s), step_time,
     mtbf and restart (s), price (of a GB-month); load_best_model_at_end, crash_at (step), compare ("stock").
     Raises UsageError.
     """
+    if live.is_trainer(model):
+        shapes, (keep, options) = live.model_of_trainer(model), _filled(live.options(model), keep, options)
+    else:
+        shapes = model_of(model)
     wanted = asked(keep, options)
-    shapes = model_of(model)
     taken = sizes(shapes, wanted.training)
     schedule, machine = wanted.schedule, wanted.machine
     history = tuple(events(schedule, taken.full, taken.weights, step_time=machine.step_time or 1.0))
@@ -75,6 +79,16 @@ def plan(model: str | os.PathLike[str] | Mapping[str, Any], keep: Keep | None = 
         suggestions=suggest(history, wanted.keep, (machine.disk or 0) - machine.used) if short else (),
         notes=(*wanted.notes, *refused),
     )  # fmt: skip
+
+
+def _filled(
+    theirs: Mapping[str, Any], keep: Keep | None, options: Mapping[str, Any]
+) -> tuple[Keep | None, dict[str, Any]]:
+    """What was asked for, and a Trainer's own settings for the rest; a policy is taken as a whole."""
+    chosen = keep is not None or not options.keys().isdisjoint(KEEP)
+    rest = {name: value for name, value in theirs.items() if not (chosen and name in ("keep", *KEEP))}
+    policy = rest.pop("keep", None)
+    return keep if chosen else policy, {**rest, **options}
 
 
 def _stock(wanted: Asked, shapes: Model) -> tuple[tuple[Outcome, ...], tuple[str, ...]]:

@@ -13,7 +13,7 @@ from typing import Any
 from lastgood.errors import CorruptCheckpoint, LastgoodError, UsageError
 from lastgood.format import strict
 from lastgood.format.tensors import Slot, read_header
-from lastgood.planner import arithmetic, known, meta
+from lastgood.planner import arithmetic, known, live, meta
 from lastgood.planner.tensor import Model, Tensor, guessed
 
 __all__ = ["Model", "Tensor", "model_of"]
@@ -42,13 +42,15 @@ def model_of(what: object, *, torch: bool | None = None) -> Model:
 
     what: "13B", "1.5B", "350M" (a well-known model of that size, else one that is scaled to it; `name` says which), a
     name such as "llama-3.1-8b", a directory (complete safetensors files, else its config.json), a config.json, a
-    *.safetensors file or its index, or a configuration (mapping, or an object with to_dict()).
+    *.safetensors file or its index, a configuration (mapping, or an object with to_dict()), or a torch module.
     torch: True builds configurations on the meta device, False never imports torch, None does so only for families
     that arithmetic doesn't know.
 
     Raises UsageError for what names no model, an adapter, or a configuration nobody can build; CorruptCheckpoint
     for damaged files.
     """
+    if live.is_module(what):
+        return live.model_of_module(what)
     if hasattr(what, "to_dict"):
         what = what.to_dict()
     if isinstance(what, Mapping):

@@ -28,7 +28,7 @@ SPLIT: Mapping[str, frozenset[str]] = {
 # Bytes of files whose size depends on next to nothing, as transformers 5.23, peft 0.21 and this version write them.
 RNG_FILE, RNG_JSON = 14_400, 3 * 13_600 + 400  # JSON: now, at the start of the epoch, before the next batch
 SCHEDULER_FILE, SCHEDULER_JSON = 1_470, 200
-STATE_FILE = 1_100  # trainer_state.json; about 150 more for each entry of its log
+STATE_FILE, LOG_ROW = 1_100, 150  # trainer_state.json, and what each entry of its log adds
 ARGUMENTS_FILE = 5_300
 MANIFEST, MANIFEST_ADAPTER = 5_600, 1_300
 ADAPTER_FILES = 6_400  # README.md and adapter_config.json
@@ -69,12 +69,13 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
     notes: tuple[str, ...] = ()
 
 
-class _Trained(NamedTuple):
-    """A trained parameter: its name in the files, its name in the live model."""
+class _Kept(NamedTuple):
+    """A tensor that is saved: its name in the files, its name in the live model, its dtype code."""
 
     saved: str
     live: str
     tensor: Tensor
+    dtype: str
 
 
 def sizes(model: Model, training: Training, *, writer: Writer = "lastgood") -> Sizes:
@@ -83,24 +84,25 @@ def sizes(model: Model, training: Training, *, writer: Writer = "lastgood") -> S
     Raises UsageError for an option that can't be, and for LoRA targets that the model doesn't have.
     """
     _checked(training, writer)
-    lora = training.train == "lora"
+    lora = training.train == "lora" and not model.adapter
     kind = optimizer(training.optim)
     code = dtype_code("lora_dtype", training.lora_dtype) if lora else dtype_code("dtype", training.dtype)
     master = None if training.master is None else dtype_code("master", training.master)
     if master is not None and SIZES[master] <= SIZES[code]:
         master = None  # what is trained is that wide already: no library makes a second copy
-    trained = _adapter(model, training) if lora else [_Trained(t.name, t.name, t) for t in model.tensors]
-    states = [(one, kind.states(one.tensor, master or code)) for one in trained]
+    kept = _adapter(model, training, code) if lora else _as_it_is(model, code)
+    trained = [one for one in kept if one.tensor.trained]
+    states = [(one, kind.states(one.tensor, master or one.dtype)) for one in trained]
     copies = [(one, (*slots, Slot("master", master, one.tensor.shape))) for one, slots in states] if master else states
     measure = _trainer_state if writer == "trainer" else _lastgood_state
     state = measure(states)
     parts = {
-        "weights": weights_size(Entry(one.saved, code, one.tensor.shape) for one in trained),
+        "weights": weights_size(Entry(one.saved, one.dtype, one.tensor.shape) for one in kept),
         "optimizer": state,
-        "master": measure(copies) - state,
-        **_small(model, trained, lora, writer, training),
+        "master": measure(copies) - state if master else 0,
+        **_small(model, kept if lora else (), lora or model.adapter, writer, training),
     }
-    parts["beside"] = model.beside + (ADAPTER_FILES if lora else 0)
+    parts["beside"] = model.beside + (ADAPTER_FILES if lora or model.adapter else 0)
     only_full = {"optimizer", "master", "scheduler", "rng"}
     split = SPLIT[training.shard]
     one_rank = {**parts, "rng": parts["rng"] // training.world_size}
@@ -111,7 +113,7 @@ def sizes(model: Model, training: Training, *, writer: Writer = "lastgood") -> S
         per_rank=sum(-(-size // training.world_size) if name in split else size for name, size in one_rank.items()),
         params=model.params,
         trainable=sum(one.tensor.count for one in trained),
-        notes=tuple(_notes(model, training, kind, trained, code, master, copies)),
+        notes=tuple(_notes(model, training, kind, trained, master, copies)),
     )
 
 
@@ -131,10 +133,19 @@ def _checked(training: Training, writer: str) -> None:
             raise wrong_type(name, value, "a whole number of at least 1")
 
 
+def _as_it_is(model: Model, code: str) -> list[_Kept]:
+    """What is saved of the model itself; a live one says which tensors, and in which dtype each."""
+    return [
+        _Kept(tensor.name if tensor.stored is None else tensor.stored, tensor.name, tensor, tensor.dtype or code)
+        for tensor in (*model.tensors, *model.buffers)
+        if tensor.stored != ""
+    ]
+
+
 # ---- LoRA --------------------------------------------------------------------------------
 
 
-def _adapter(model: Model, training: Training) -> list[_Trained]:
+def _adapter(model: Model, training: Training, code: str) -> list[_Kept]:
     """A (r x in) and B (out x r) for each target; a Conv1D's weight is (in x out), which has as many elements."""
     found = []
     for tensor in _targets(model, training):
@@ -142,7 +153,7 @@ def _adapter(model: Model, training: Training) -> list[_Trained]:
         rows, columns = tensor.shape
         for letter, shape in (("A", (training.lora_r, columns)), ("B", (rows, training.lora_r))):
             saved, live = f"{module}.lora_{letter}.weight", f"{module}.lora_{letter}.default.weight"
-            found.append(_Trained(saved, live, Tensor(live, shape, False)))
+            found.append(_Kept(saved, live, Tensor(live, shape, False), code))
     return found
 
 
@@ -168,7 +179,7 @@ def _targets(model: Model, training: Training) -> list[Tensor]:
 
 # ---- files -------------------------------------------------------------------------------
 
-States = Sequence[tuple[_Trained, tuple[Slot, ...]]]
+States = Sequence[tuple[_Kept, tuple[Slot, ...]]]
 
 
 def _trainer_state(states: States) -> int:
@@ -194,8 +205,8 @@ def _lastgood_state(states: States) -> int:
     return safetensors_size(entries) + text
 
 
-def _small(model: Model, trained: Iterable[_Trained], lora: bool, writer: Writer, training: Training) -> dict[str, int]:
-    """The parts that hold no weights and no state of theirs."""
+def _small(model: Model, added: Sequence[_Kept], lora: bool, writer: Writer, training: Training) -> dict[str, int]:
+    """The parts that hold no weights and no state of theirs. added: an adapter that the model doesn't have yet."""
     if writer == "trainer":
         return {
             "scheduler": SCHEDULER_FILE,
@@ -203,11 +214,9 @@ def _small(model: Model, trained: Iterable[_Trained], lora: bool, writer: Writer
             "progress": STATE_FILE,
             "arguments": ARGUMENTS_FILE,
         }
-    live = [("base_model.model." if lora else "") + tensor.name for tensor in model.tensors]
-    shapes = [tensor.shape for tensor in model.tensors]
-    if lora:
-        live += [one.live for one in trained]
-        shapes += [one.tensor.shape for one in trained]
+    there = (*model.tensors, *model.buffers)
+    live = [("base_model.model." if added else "") + tensor.name for tensor in there] + [one.live for one in added]
+    shapes = [tensor.shape for tensor in there] + [one.tensor.shape for one in added]
     digests = sum(len(name) + len(str(list(shape))) + 46 for name, shape in zip(live, shapes, strict=True))
     guards = sum(len(guard.content(name)) for name in guard.NAMES)
     return {
@@ -225,28 +234,31 @@ def _notes(
     model: Model,
     training: Training,
     kind: Optimizer,
-    trained: Sequence[_Trained],
-    code: str,
+    trained: Sequence[_Kept],
     master: str | None,
     copies: States,
 ) -> Iterable[str]:
     count = sum(one.tensor.count for one in trained)
-    if training.train == "lora":
-        share = count / max(1, model.params)
+    if model.adapter:
+        yield f"the adapter alone is trained and saved: {count:,} of {model.params:,} parameters; the base model isn't"
+    elif training.train == "lora":
+        part = count / max(1, model.params)
         yield (
             f"LoRA of rank {training.lora_r} on {len(trained) // 2} modules: {count:,} of {model.params:,} parameters"
-            f" ({share:.2%}) are trained and saved; the base model isn't"
+            f" ({part:.2%}) are trained and saved; the base model isn't"
         )
-    yield f"weights: {count:,} parameters in {_word(code)}, {SIZES[code]} B each"
+    codes = list(dict.fromkeys(one.dtype for one in trained))
+    each = f", {SIZES[codes[0]]} B each" if len(codes) == 1 else ""
+    yield f"weights: {count:,} parameters in {' and '.join(map(_word, codes))}{each}"
     slots = [slot for _, found in copies for slot in found if slot.key != "master" and math.prod(slot.shape) > 1]
     keys = list(dict.fromkeys(slot.key for slot in slots))
-    each = sum(slot.size for slot in slots) / max(1, count)
+    share = sum(slot.size for slot in slots) / max(1, count)
     dtypes = " and ".join(dict.fromkeys(_word(slot.dtype) for slot in slots))
-    yield f"{kind.name}: {', '.join(keys)} in {dtypes}, {each:.3g} B a parameter" if keys else f"{kind.name}: no state"
+    yield f"{kind.name}: {', '.join(keys)} in {dtypes}, {share:.3g} B a parameter" if keys else f"{kind.name}: no state"
     if master is not None:
         yield f"a copy of the trained weights in {_word(master)}: {SIZES[master]} B a parameter"
     elif training.master is not None:
-        yield f"no copy in {training.master}: the trained weights are in {_word(code)} already"
+        yield f"no copy in {training.master}: the trained weights are in {_word(codes[0])} already"
     if training.world_size > 1 and SPLIT[training.shard]:
         what = _parts(training, master)
         yield f"{training.shard}: each of {training.world_size} ranks writes its share of the {what}"

@@ -16,12 +16,18 @@ class Tensor(msgspec.Struct, frozen=True):
 
     role: "embedding" (the weight of an nn.Embedding), "head" (the output head, where it isn't tied) or "".
     Optimizers treat those two differently: 8-bit ones keep embeddings in fp32, Muon leaves both to AdamW.
+
+    Known of a live model only: dtype (its safetensors code; "": the one that is trained in), trained (an optimizer has
+    state for it), stored (its name in the files; "": it isn't saved, as the base under an adapter; None: `name`).
     """
 
     name: str
     shape: tuple[int, ...]
     linear: bool
     role: Role = ""
+    dtype: str = ""
+    trained: bool = True
+    stored: str | None = None
 
     @property
     def count(self) -> int:
@@ -34,12 +40,15 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
 
     tensors: every parameter once (tied ones under their first name), in the order of the module.
     beside: bytes of tokenizer and config files that each checkpoint holds as well.
+    buffers: of a live model, its tensors that aren't parameters. adapter: a live PEFT model, its adapter among them.
     """
 
     name: str
     source: str
     tensors: tuple[Tensor, ...]
     beside: int = 0
+    buffers: tuple[Tensor, ...] = ()
+    adapter: bool = False
 
     @property
     def params(self) -> int:

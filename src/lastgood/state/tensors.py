@@ -8,31 +8,9 @@ import torch
 from blake3 import blake3
 
 from lastgood.errors import NotSupported
-from lastgood.format.tensors import Tensor
+from lastgood.format.tensors import CODES, Tensor
 
-# The codes of the safetensors format; the float8 variants exist only in newer versions of torch.
-_CODES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "float8_e8m0fnu": "F8_E8M0",
-    "float8_e4m3fnuz": "F8_E4M3FNUZ",
-    "float8_e5m2fnuz": "F8_E5M2FNUZ",
-    "complex64": "C64",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint64": "U64",
-    "uint32": "U32",
-    "uint16": "U16",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
-CODE_OF: dict[torch.dtype, str] = {getattr(torch, name): code for name, code in _CODES.items() if hasattr(torch, name)}
+CODE_OF: dict[torch.dtype, str] = {getattr(torch, name): code for name, code in CODES.items() if hasattr(torch, name)}
 DTYPE_OF: dict[str, torch.dtype] = {code: dtype for dtype, code in CODE_OF.items()}
 
 

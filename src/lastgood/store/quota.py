@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+from lastgood.store import local
+
 _GETQUOTA = 0x800007
 _BLOCK = 1024
 """Limits are in blocks of 1024 bytes (linux/quota.h, QIF_DQBLKSIZE)."""
@@ -37,6 +39,12 @@ def quota(path: Path) -> tuple[int, int] | None:
         return None
     limit = (block.hard or block.soft) * _BLOCK
     return (block.used, limit) if limit else None
+
+
+def room(path: Path) -> int:
+    """Bytes that this user can still write there, by the disk and by the quota."""
+    free, limits = local.free(path)[0], quota(path)
+    return free if limits is None else min(free, max(0, limits[1] - limits[0]))
 
 
 def _device(path: Path) -> str | None:

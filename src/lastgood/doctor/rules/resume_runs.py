@@ -49,9 +49,7 @@ def strangers(case: Case) -> Iterator[Sight]:
             severity="warning",
         )
     yield from _renamed(disk)
-    if any(r.id and r.ours for r in disk.records):
-        yield from _unadopted(disk)
-    else:
+    if not any(r.id and r.ours for r in disk.records):  # what lies beyond a managed run is CKR017
         yield from _mixed(disk)
 
 
@@ -69,20 +67,6 @@ def _renamed(disk: Disk) -> Iterator[Sight]:
 
 def _quoted(path: Path) -> str:
     return shlex.quote(str(path))
-
-
-def _unadopted(disk: Disk) -> Iterator[Sight]:
-    """A stock Trainer went on in a managed run."""
-    own = max((r.step for r in disk.records if r.id and r.ours), default=-1)
-    later = [r for r in disk.records if not r.id and r.ours and r.layout in TRAINERS and r.step > own]
-    if later:
-        yield Sight(
-            saw=f"{later[-1].name} was written without lastgood, and the last managed one is of step {own}",
-            where=later[-1].name,
-            means="a managed resume passes it over: the steps since then are trained again",
-            fix=("lastgood adopt {root}",),
-            severity="warning",
-        )
 
 
 def _mixed(disk: Disk) -> Iterator[Sight]:

@@ -21,6 +21,7 @@ from lastgood.schedule import absolute_steps, total_steps
 from lastgood.simulate import Save, simulate
 from lastgood.store import local
 from lastgood.store.quota import quota
+from lastgood.store.quota import room as writable
 from lastgood.units import size
 
 TAIL, AHEAD = 16, 48
@@ -144,9 +145,7 @@ def upcoming(case: Case) -> Iterator[Sight]:
     points = _points(case, newest, end)
     if not points:
         return
-    free = disk.free
-    if limits := quota(disk.root):
-        free = min(free, max(0, limits[1] - limits[0]))
+    free = writable(disk.root)
     left = free - (RESERVE if disk.view.adopted_or_ours(newest) and not newest.layout else 0)
     keep = _keep(case)
     needed = next((r.size for r in reversed(own) if r.state == newest.state), newest.size)

@@ -7,26 +7,70 @@ from typing import Any
 
 from transformers import Trainer
 
+from lastgood.doctor.arguments import load
+from lastgood.doctor.case import Case
+from lastgood.doctor.diagnose import examine as diagnosed
 from lastgood.doctor.diagnose import preflight
-from lastgood.doctor.finding import Finding
+from lastgood.doctor.disk import Disk
+from lastgood.doctor.finding import SERIOUS, Finding
 from lastgood.doctor.settings import Settings
 from lastgood.errors import UsageError
 from lastgood.integrations.transformers.options import Options, retention
+from lastgood.planner.live import steps_per_epoch
 from lastgood.repo.read import records
-from lastgood.talk import warn
+from lastgood.talk import note, warn
+
+ON_DISK = ("CKR007", "CKR017", "CKB008", "CKC011", "CKL009")
+"""What a run directory may tell that nothing else says: checkpoints that don't belong together, or that have no
+manifest beyond the newest; a metric that ranks nothing; NaN in what would be resumed from; a resume that went another
+way. Half-written and damaged checkpoints are passed over by the resume, with a word; what differs from the checkpoint's
+settings stands in its report; the disk is the plan's matter, at the start of train()."""
 
 
 def examine(trainer: Trainer, options: Options) -> tuple[Finding, ...]:
-    """Look for settings that lose or misjudge checkpoints: errors raise UsageError, warnings are said."""
-    found = preflight(settings(trainer, options))
+    """Look for settings that lose or misjudge checkpoints: errors raise UsageError, warnings are said.
+
+    What is on disk already is looked at as well; nothing there raises, for the run may mean to start afresh.
+    """
+    given = settings(trainer, options)
+    found = preflight(given)
+    errors = [finding for finding in found if finding.severity == "error"]
+    if errors:  # all of them: who corrects one mustn't run into the next
+        fix = "; ".join(fix for finding in errors for fix in finding.fix)
+        raise UsageError("\n".join(map(_text, errors)), hint=fix, code=errors[0].code)
     for finding in found:
-        text = f"{finding.code}: {finding.saw}. {finding.means}"
-        fix = "; ".join(finding.fix)
-        if finding.severity == "error":
-            raise UsageError(text, hint=fix, code=finding.code)
         if finding.severity == "warning":
-            warn(f"{text}\n  fix: {fix}")
-    return found
+            tell(finding)
+    told = {finding.code for finding in found}
+    seen = tuple(f for f in directory(trainer, given) if f.code not in told and f.severity in SERIOUS)
+    for finding in seen:
+        tell(finding)
+    return (*found, *seen)
+
+
+def directory(trainer: Any, given: Settings) -> tuple[Finding, ...]:
+    """Findings about output_dir, if it holds checkpoints; () where it can't be read."""
+    root = Path(trainer.args.output_dir or "")
+    if not trainer.args.output_dir or not root.is_dir():
+        return ()
+    try:
+        disk = Disk(root)
+        if not disk.records:
+            return ()
+        case = Case(disk=disk, arguments=load(trainer.args), settings=given)
+        return tuple(f for f in diagnosed(case, select=ON_DISK) if f.where != "arguments")
+    except Exception as error:  # a look at what is there must never cost a training
+        note(f"{root} wasn't looked at: {type(error).__name__}: {error}")
+        return ()
+
+
+def tell(finding: Finding) -> None:
+    """Say a finding as a warning."""
+    warn(f"{_text(finding)}\n  fix: {'; '.join(finding.fix)}")
+
+
+def _text(finding: Finding) -> str:
+    return f"{finding.code}: {finding.saw}. {finding.means}"
 
 
 def settings(trainer: Any, options: Options) -> Settings:
@@ -55,18 +99,6 @@ def settings(trainer: Any, options: Options) -> Settings:
         eval_metric_names=_eval_metric_names(trainer),
         managed=True,
     )
-
-
-def steps_per_epoch(trainer: Any) -> int | None:
-    """Optimizer steps of an epoch; None for data without a length."""
-    try:
-        samples = len(trainer.train_dataset)
-    except TypeError:
-        return None
-    args = trainer.args
-    per_batch, accumulated = args.train_batch_size, args.gradient_accumulation_steps
-    batches = samples // per_batch if args.dataloader_drop_last else -(-samples // per_batch)
-    return max(1, -(-batches // accumulated))
 
 
 def _eval_metric_names(trainer: Trainer) -> tuple[str, ...] | None:

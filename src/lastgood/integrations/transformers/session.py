@@ -16,6 +16,7 @@ from lastgood.errors import NoCheckpoint, Preempted
 from lastgood.integrations.transformers import capture, settings
 from lastgood.integrations.transformers.events import Events, StopRequest
 from lastgood.integrations.transformers.options import Options, retention
+from lastgood.integrations.transformers.outlook import look_ahead
 from lastgood.integrations.transformers.proving import Proving
 from lastgood.integrations.transformers.recorder import Recorder
 from lastgood.integrations.transformers.restore import Source
@@ -48,6 +49,7 @@ class Session:
     recorder: Recorder = field(default_factory=Recorder)
     proving: Proving | None = None
     updates_per_epoch: int = 1
+    planned: bool = False  # a batch size that is tried anew begins training anew
     finished: bool = False  # the checkpoint resumed from is the last step of the run
     caught_up: bool = True  # nothing left to do of the step that was resumed from
     where: str = "step"
@@ -109,7 +111,7 @@ class Session:
         self.recorder = Recorder(on=self.options.trail or self.proving is not None)
         self.tracker = Tracker(self.recorder.batches if self.recorder.on else None)
         self.finished, self.caught_up, self.evaluate, self.evaluating = False, True, False, None
-        self.where, self.saved_step = "step", -1
+        self.where, self.saved_step, self.planned = "step", -1, False
         self.unsaved_metrics, self.changed, self.card = {}, [], {}
 
     @property
@@ -181,6 +183,9 @@ class Session:
             self._report()
             if self.source is not None:
                 self.source.done()
+        if self.proving is None and not self.finished and not self.planned:
+            self.planned = True
+            look_ahead(self)
 
     def _report(self) -> None:
         target, source = self.target, self.source
