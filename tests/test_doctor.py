@@ -207,6 +207,22 @@ def test_a_log_in_a_pipe_is_shown_and_examined(tmp_path: Path) -> None:
     assert json.loads(child.stdout)["findings"][0]["code"] == "CKB001" and child.stderr.decode() == TRACEBACK
 
 
+def test_the_log_and_the_run_in_any_order(real: Real) -> None:
+    root = real("trainer_full")
+    for words in (("-", root), (root, "-"), ("-C", root, "-"), (root, "--log", "-")):
+        result = cli.call("doctor", *words, input=TRACEBACK)
+        assert result.code == 1 and "in 3 checkpoints in" in result.out and "CKB001 error" in result.out, words
+    assert cli.call("doctor", "-", root, "more", input=TRACEBACK).code == 2
+
+
+def test_an_error_that_no_rule_knows_is_not_health() -> None:
+    unknown = cli.call("doctor", "-", input=TRACEBACK.replace(MISMATCH, "ZeroDivisionError: 1/0"))
+    assert unknown.code == 0 and "healthy" not in unknown.out
+    assert unknown.out.endswith("no rule knows the log's last error: ZeroDivisionError: 1/0\n")
+    empty = cli.call("doctor", "-", input="")
+    assert "healthy" not in empty.out and "2>&1" in empty.out
+
+
 def test_the_run_that_a_log_speaks_of_is_looked_at(real: Real, tmp_path: Path) -> None:
     root = real("trainer_full")
     (root / "checkpoint-6" / "optimizer.pt").write_bytes(b"")
@@ -262,6 +278,7 @@ def test_fix_puts_husks_aside_and_deletes_nothing(real: Real) -> None:
     before = tree(root)
     fresh = cli.call("doctor", root, "--fix")
     assert fresh.code == 0 and "CKR003 info" in fresh.out and tree(root) == before  # it may be being written
+    assert "checkpoint-6 to .lastgood/quarantine: not done, it was written to lately" in fresh.err
     aged(root)
     result = cli.call("doctor", root, "--fix")
     assert result.code == 1 and "fixed" in result.err, result
@@ -298,6 +315,31 @@ def test_fix_leaves_links_and_pinned_ones_alone(real: Real, tmp_path: Path) -> N
     before = tree(tmp_path / "elsewhere")
     cli.call("doctor", root, "--fix")
     assert (root / "checkpoint-6").is_symlink() and tree(tmp_path / "elsewhere") == before
+
+
+def test_what_stops_fix_does_not_swallow_the_findings(real: Real) -> None:
+    root = real("trainer_full")
+    (root / "checkpoint-6" / "trainer_state.json").unlink()
+    aged(root)
+    (root / ".lastgood").write_text("in the way")
+    result = cli.call("doctor", root, "--fix")
+    assert "CKR003 error" in result.out and "--fix stopped" in result.err and result.code == 1, result
+    assert (root / "checkpoint-6").is_dir()
+    lines = json.loads(cli.call("doctor", root, "--fix", "--json").out)
+    assert lines["findings"][0]["code"] == "CKR003" and lines["fixed"] == []
+
+
+@pytest.mark.parametrize("place", [".lastgood", ".lastgood/quarantine"])
+def test_fix_moves_nothing_out_of_the_run_by_a_link(place: str, real: Real, tmp_path: Path) -> None:
+    root = real("trainer_full")
+    (root / "checkpoint-6" / "trainer_state.json").unlink()
+    aged(root)
+    (tmp_path / "outside").mkdir()
+    (root / place).parent.mkdir(exist_ok=True)
+    (root / place).symlink_to(tmp_path / "outside")
+    result = cli.call("doctor", root, "--fix")
+    assert result.code == 1 and "not done" in result.err and "link" in result.err, result
+    assert (root / "checkpoint-6").is_dir() and list((tmp_path / "outside").iterdir()) == []
 
 
 def test_a_thousand_checkpoints_need_no_torch(real: Real, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import click
 from lastgood.cli import text
 from lastgood.cli.place import find_run, run_at, run_option
 from lastgood.cli.table import Style, emit, emit_json, forms
-from lastgood.errors import NoRun, UsageError
+from lastgood.errors import LastgoodError, NoRun, UsageError
 from lastgood.repo.layout import step_of
 
 if TYPE_CHECKING:
@@ -82,24 +82,40 @@ def doctor(root: str | None, words: tuple[str, ...], style: Style, **o: Any) -> 
     found = examine(case_of(disk, said, given), select=select, ignore=ignore)
     todo: tuple[Step, ...] = ()
     done: list[str] = []
+    stopped: LastgoodError | None = None
     if o["fix"]:
         if disk is None:
             raise UsageError("--fix mends a run directory", hint="lastgood doctor RUN --fix")
         todo = steps(disk, found, ended=said is not None and _ended(said, log))
-        done = execute(disk.root, todo)
+        stopped = _do(execute(disk.root, todo), done)
     if style.json:
         emit_json(SCHEMA, _json(disk, found, todo, done))
     else:
-        emit(_report(disk, found, looked_at=_looked(disk, said is not None, given is not None)))
+        emit(_report(disk, found, looked_at=_looked(disk, said is not None, given is not None), unknown=_unknown(said)))
         for step in todo:
             if step.why_not:
                 click.echo(str(step), err=True)
         for line in done:
             click.echo(f"fixed  {text.plain(line)}", err=True)
         if o["fix"] and not todo:
-            click.echo("nothing here can be mended by --fix; see the fix of each finding", err=True)
+            why = "see the fix of each finding" if found else "nothing is wrong"
+            click.echo(f"nothing here can be mended by --fix: {why}", err=True)
+    if stopped is not None:
+        raise stopped
     if serious(found):
         raise click.exceptions.Exit(1)
+
+
+def _do(repairs: Iterator[str], done: list[str]) -> LastgoodError | None:
+    """Carry them out; what stops that is told after the findings, which are worth as much without it."""
+    try:
+        done += repairs
+    except OSError as error:
+        why = f"--fix stopped: {error.strerror or error}"
+        return LastgoodError(why, hint="what it had done is listed above, the rest is as it was")
+    except LastgoodError as error:
+        return error
+    return None
 
 
 def _codes(word: str) -> tuple[str, ...]:
@@ -115,6 +131,8 @@ def _words(words: Sequence[str], log: str | None, prove: int | None) -> tuple[st
             raise UsageError("two logs are named: - and --log", hint="leave one out")
         rest.pop(0)
         log = "-"
+        if rest and prove is None:
+            run = rest.pop(0)
     elif rest and (prove is None or Path(rest[0]).is_dir()):
         run = rest.pop(0)
         if rest and rest[0] == "-":
@@ -172,18 +190,39 @@ def _place(root: str | None, run: str | None, *, optional: bool, said: str) -> P
     return None
 
 
+def _unknown(said: Log | None) -> str:
+    """What a log without any finding has to say all the same; "" if nothing."""
+    if said is None:
+        return ""
+    if not said.text.strip():
+        return "the log is empty: with `2>&1 |` the errors come through the pipe, too"
+    last = next((raised for raised in said.raised if raised.frames and raised.kind), None)
+    if last is None:
+        return ""
+    what = next((line for line in reversed(last.text.splitlines()) if line.startswith(last.kind)), last.kind)
+    return f"no rule knows the log's last error: {text.plain(what[:200])}"
+
+
 def _looked(disk: Disk | None, log: bool, arguments: bool) -> str:
-    words = [] if disk is None else [f"{len(disk.records)} checkpoints in {text.plain(str(disk.root))}"]
+    words = []
+    if disk is not None:
+        count = len(disk.records)
+        words = [f"{count} checkpoint{'' if count == 1 else 's'} in {text.plain(str(disk.root))}"]
     words += ["the log"] * log + ["the arguments"] * arguments
     return ", ".join(words)
 
 
-def _report(disk: Disk | None, found: Sequence[Finding], looked_at: str) -> list[str]:
+def _report(disk: Disk | None, found: Sequence[Finding], looked_at: str, unknown: str) -> list[str]:
+    from lastgood.doctor.finding import SERIOUS
+
     good = ""
     if disk is not None:
         good = f"; a resume would take {disk.good.name}" if disk.good else "; there is nothing to resume from"
+    explained = any(finding.where == "log" and finding.severity in SERIOUS for finding in found)
+    last = [unknown] if unknown and not explained else []
     if not found:
-        return [f"{click.style('healthy', fg='green')}: nothing found in {looked_at}{good}"]
+        healthy = "" if last else f"{click.style('healthy', fg='green')}: "
+        return [f"{healthy}nothing found in {looked_at}{good}", *last]
     out: list[str] = []
     shown: dict[str, int] = {}
     for finding in found:
@@ -192,15 +231,12 @@ def _report(disk: Disk | None, found: Sequence[Finding], looked_at: str) -> list
             out += [*_lines(finding), ""]
     more = {code: count - SHOWN for code, count in shown.items() if count > SHOWN}
     out += [f"{code}: {count} more like these (--json has them all)" for code, count in more.items()]
-    counts = [_count(n, s) for s in COLOURS if (n := sum(f.severity == s for f in found))]
-    good = (
-        "" if disk is None else f"; a resume would take {disk.good.name}" if disk.good else "; nothing to resume from"
-    )
-    return [*out, f"{', '.join(counts)} in {looked_at}{good}"]
+    counts = [f"{n} {_many(s, n)}" for s in COLOURS if (n := sum(f.severity == s for f in found))]
+    return [*out, f"{', '.join(counts)} in {looked_at}{good}", *last]
 
 
-def _count(number: int, severity: str) -> str:
-    return f"{number} {severity}" + ("s" if number > 1 and severity in ("error", "warning") else "")
+def _many(severity: str, count: int) -> str:
+    return f"{severity}s" if count > 1 and severity in ("error", "warning") else severity
 
 
 def _lines(finding: Finding) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -48,25 +48,27 @@ def steps(disk: Disk, findings: Sequence[Finding], *, ended: bool = False) -> tu
     return tuple(planned.values())
 
 
-def execute(root: Path, todo: Sequence[Step]) -> list[str]:
-    """Do it, and say what was done. Raises RunLocked while a training run writes here, OSError for the disk.
+def execute(root: Path, todo: Sequence[Step]) -> Iterator[str]:
+    """Do it, and say of each what was done. Raises RunLocked while a training run writes here, OSError for the disk.
 
     What was done until an error stays done; the rest is as it was.
     """
-    done: list[str] = []
     todo = [step for step in todo if not step.why_not]
     if not todo:
-        return done
-    with RunLock(root):
+        return
+    lock = RunLock(root)
+    lock.acquire(anonymous=True)  # to move something aside takes no room, and a full disk is when it is wanted
+    try:
         for step in todo:
             repair = step.repair
             if repair.kind == "quarantine":
-                done.append(f"{step.code}  {repair.name} is now {quarantine(root, repair.name)}")
+                yield f"{step.code}  {repair.name} is now {quarantine(root, repair.name)}"
             elif repair.kind == "relink":
-                done.append(f"{step.code}  {repair.name} is corrected; as it was: {_relink(root, repair)}")
+                yield f"{step.code}  {repair.name} is corrected; as it was: {_relink(root, repair)}"
         if any(step.repair.kind == "adopt" for step in todo):
-            done.append(_adopt(root))
-    return done
+            yield _adopt(root)
+    finally:
+        lock.release()
 
 
 def _why_not(disk: Disk, repair: Repair, ended: bool) -> str:
@@ -78,6 +80,8 @@ def _why_not(disk: Disk, repair: Repair, ended: bool) -> str:
         return "it isn't there, or is a link"
     if any(parent.is_symlink() for parent in path.parents if disk.root in parent.parents):
         return "it lies behind a link"
+    if any(place.is_symlink() for place in (disk.root / HIDDEN, hidden(disk.root, "quarantine"))):
+        return f"{HIDDEN}/quarantine is, or lies behind, a link: what is moved there would leave the run"
     if repair.kind == "relink":
         managed = record is not None and bool(record.id)
         return "its manifest has its hash; resume with lastgood, which goes by the step" if managed else ""

@@ -64,9 +64,9 @@ def severity_of(disk: Disk, record: Record) -> Severity:
 
 
 def aside(case: Case, record: Record) -> Repair | None:
-    """Into quarantine, if another one is good, nobody holds this one, and no save can be under way."""
+    """Into quarantine, if another one is good and nobody holds this one. A save under way is waited for then."""
     disk = disk_of(case)
-    if disk.good is None or record.pinned or disk.good.name == record.name or under_way(case, disk.path(record)):
+    if disk.good is None or record.pinned or disk.good.name == record.name:
         return None
     return Repair("quarantine", record.name)
 
@@ -192,7 +192,7 @@ def leftovers(case: Case) -> Iterator[Sight]:
                 where=name,
                 evidence=(("written to less than a minute ago: a save may be under way",) if now else ()),
                 severity="info" if now else "warning",
-                repair=None if now else Repair("quarantine", name),
+                repair=Repair("quarantine", name),
             )
 
 

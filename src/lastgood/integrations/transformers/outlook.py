@@ -13,7 +13,7 @@ from lastgood.doctor.finding import Finding
 from lastgood.doctor.rule import Sight
 from lastgood.errors import UsageError
 from lastgood.integrations.transformers.preflight import tell
-from lastgood.manager import RESERVE, Manager, size
+from lastgood.manager import RESERVE, Manager
 from lastgood.model import Record
 from lastgood.planner import live
 from lastgood.planner.ahead import Ahead, Coming, ahead, steps_to_come
@@ -25,6 +25,7 @@ from lastgood.repo.run import read_head
 from lastgood.schedule import absolute_steps
 from lastgood.store.quota import room
 from lastgood.talk import note, say
+from lastgood.units import size
 
 if TYPE_CHECKING:
     from lastgood.integrations.transformers.session import Session
