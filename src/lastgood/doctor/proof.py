@@ -30,8 +30,8 @@ class Proof(msgspec.Struct, frozen=True, kw_only=True):
 
     compared: steps (of a log: rows) that both have, of the `steps` that were asked for and recorded. source: "trail",
     every step with its data, or "log", what the Trainer logged. status: the command's, or minus the signal that ended
-    it. output: the last lines that it printed. kept: the scratch directory, if it was to stay. wrote: checkpoints of the
-    run itself that were written to meanwhile.
+    it. output: the last lines that it printed. kept: the scratch directory, if it was to stay. wrote: checkpoints of
+    the run itself that were written to meanwhile.
     """
 
     checkpoint: str
