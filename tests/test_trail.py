@@ -187,6 +187,20 @@ def test_a_long_trail_loses_its_oldest_steps_and_no_life(tmp_path: Path) -> None
     assert trail.begin(tmp_path, run="f" * 16, start=0, checkpoint="") == 2
 
 
+@pytest.mark.parametrize("line", [b'"run"' * (8 << 20), b'{"life":1,"run":"a"}\n' * (2 << 20)])
+def test_a_trail_that_grew_too_long_is_made_short_once(tmp_path: Path, line: bytes) -> None:
+    """One line without an end, and lines that all have to stay: it isn't written anew with every step."""
+    hidden(tmp_path).mkdir()
+    path = hidden(tmp_path, trail.NAME)
+    path.write_bytes(line)
+    trail.append(tmp_path, [Entry(1, 2, 1.0)])
+    assert path.stat().st_size <= trail.LIMIT * 3 // 4
+    before = path.stat().st_ino
+    trail.append(tmp_path, [Entry(2, 2, 1.0)])
+    assert path.stat().st_ino == before
+    assert [entry.step for entry in trail.read(tmp_path)[-1].entries] == [1, 2]
+
+
 def test_lines_that_make_no_sense_are_left_out(tmp_path: Path) -> None:
     hidden(tmp_path).mkdir()
     lines = [

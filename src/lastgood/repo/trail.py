@@ -105,11 +105,23 @@ def _append(root: Path, values: Sequence[Mapping[str, Any]]) -> None:
 
 
 def shorten(path: Path) -> None:
-    """Let go of the older half of the steps; who lived and what was saved stays. Raises OSError."""
+    """Let go of the older half of the steps; who lived and what was saved stays. Raises OSError.
+
+    What is left is below the limit whatever the file held: else every step would write it anew.
+    """
     every = local.read(path, 4 * LIMIT).splitlines(keepends=True)
     half = len(every) // 2
     stay = [line for line in every[:half] if b'"run"' in line or b'"saved"' in line]
-    local.replace(path, b"".join([*stay, *every[half:]]))
+    local.replace(path, b"".join([*_newest(stay, LIMIT // 4), *_newest(every[half:], LIMIT // 2)]))
+
+
+def _newest(some: Sequence[bytes], limit: int) -> Sequence[bytes]:
+    """As many of the last lines as have at most `limit` bytes."""
+    total, first = 0, len(some)
+    while first and total + len(some[first - 1]) <= limit:
+        first -= 1
+        total += len(some[first])
+    return some[first:]
 
 
 def _last(path: Path) -> int:
