@@ -378,3 +378,18 @@ def test_a_log_with_numbers_that_are_none_is_outlined_the_same(loss: float, tmp_
     assert (step, json.dumps(seen), problems) == (3, json.dumps(rows), [])
     assert progress.one_run(tmp_path / "whole", [tmp_path / "begun"])
     assert not progress.one_run(tmp_path / "begun", [tmp_path / "whole"])
+
+
+@pytest.mark.parametrize("kind", ["trainer_full", "trainer_peft", "fsdp_trainer", "dcp_run"])
+def test_a_save_under_way_is_no_alarm(kind: str, real: Real) -> None:
+    root = aged(real(kind))
+    newest = max((p for p in root.iterdir() if p.name[-1].isdigit()), key=lambda p: int(p.name.rpartition("-")[2]))
+    whole = {p: p.read_bytes() for p in sorted(newest.rglob("*")) if p.is_file()}
+    for path in whole:
+        path.unlink()
+    last = ("trainer_state.json", ".metadata")  # as they are written
+    for path in sorted(whole, key=lambda p: p.name in last):
+        for data in (whole[path][: len(whole[path]) // 2], whole[path]):
+            path.write_bytes(data)
+            alarms = [f"{f.code} {f.saw}" for f in diagnose(root) if f.severity in ("error", "warning")]
+            assert alarms == [], path.name

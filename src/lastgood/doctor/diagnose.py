@@ -17,6 +17,7 @@ from lastgood.doctor.finding import ORDER, SERIOUS, Finding
 from lastgood.doctor.log import Log, Raised, read
 from lastgood.doctor.rule import Rule, Sight
 from lastgood.doctor.rules import RULES
+from lastgood.doctor.rules.resume_disk import under_way
 from lastgood.doctor.settings import Settings, settings_of
 from lastgood.errors import NoRun, UsageError, wrong_type
 
@@ -137,10 +138,22 @@ def _by(case: Case, rules: Sequence[Rule]) -> Iterator[Finding]:
     for rule in rules:
         if case.disk is not None and rule.run is not None:
             for sight in rule.run(case):
-                yield rule.finding(case, sight, case.disk.root.name or str(case.disk.root))
+                yield _in_time(case, rule.finding(case, sight, case.disk.root.name or str(case.disk.root)))
         if case.settings is not None and rule.arguments is not None:
             for sight in rule.arguments(case):
                 yield rule.finding(case, sight, ARGUMENTS)
+
+
+def _in_time(case: Case, finding: Finding) -> Finding:
+    """What is half there because it is being written this minute is no trouble yet."""
+    if case.disk is None or finding.severity not in SERIOUS or finding.where == case.disk.root.name:
+        return finding
+    whole = any(r.name == finding.where and r.state != "incomplete" for r in case.disk.records)
+    path = case.disk.root / finding.where
+    if whole or not path.exists() or not under_way(case, path):
+        return finding
+    why = "a save may be under way: it was written to less than a minute ago"
+    return msgspec.structs.replace(finding, severity="info", evidence=(*finding.evidence, why))
 
 
 def _merged(found: Sequence[Finding]) -> list[Finding]:
