@@ -109,6 +109,8 @@ state = json.loads((run / "checkpoint-4" / "trainer_state.json").read_text())
 rows = [*state["log_history"], {"step": 5, "loss": 3.0, "grad_norm": 1.0}, {"step": 6, "loss": 3.0, "grad_norm": 1.0}]
 home = run / "checkpoint-6"
 home.mkdir()
+real = pathlib.Path(sys.argv[2]) / "checkpoint-2" / "config.json"
+real.write_text(real.read_text() + " ")  # as a script does that doesn't work where it was told to
 print("trained")
 (home / "trainer_state.json").write_text(json.dumps({"global_step": 6, "log_history": rows}))
 """
@@ -123,14 +125,14 @@ def test_every_field_is_documented_and_every_documented_field_exists(
     empty = stock_run(tmp_path / "none")
     for step in (2, 4):
         shutil.rmtree(empty / f"checkpoint-{step}")
-    again = tmp_path / "again.py"
+    again, home = tmp_path / "again.py", shutil.copytree(real("trainer_full"), tmp_path / "home")
     again.write_text(AGAIN)
     broken, old = (cut(real("trainer_full"), tmp_path / name, age) for name, age in (("broken", 90), ("old", 3600)))
     calls = [
         f"doctor {broken}",
         *(f"doctor {run} --fix" for run in (broken, old)),
         "doctor --rules",
-        f"doctor {real('trainer_full')} --json --prove 4 -- {sys.executable} {again} {{run}}",
+        f"doctor {home} --json --prove 4 -- {sys.executable} {again} {{run}} {home}",
         *(f"-C {run} {verb}" for run in (managed, stock) for verb in ("log", "verify", "verify --full", "df", "du")),
         *(f"-C {run} {verb}" for run in (managed, stock) for verb in ("resume", "resume --check")),
         *(f"-C {run} prune -n --keep-last 1" for run in (managed, stock)),

@@ -99,14 +99,16 @@ def test_I20_a_sigterm_that_arrives_twice_is_one_request(tmp_path: Path, expecte
 def test_I1_I3_sigkill_at_random_moments(tmp_path: Path, expected: dict[str, Any]) -> None:
     """Killed again and again wherever the clock happens to be, until it gets through."""
     rng = random.Random(20)
-    kills = 0
+    kills, started = 0, time.monotonic()
+    assert forked.run(train, CASE, tmp_path / "timed", tmp_path / "t.json", log=tmp_path / "log") == 0
+    whole = time.monotonic() - started
     for _ in range(25):
         pid = forked.start(train, CASE, tmp_path / "run", tmp_path / "r.json", log=tmp_path / "log")
-        time.sleep(rng.uniform(0.15, 0.9))
+        time.sleep(rng.uniform(0.1, 0.8) * whole)
         os.kill(pid, signal.SIGKILL)
         kills += forked.wait(pid) == -signal.SIGKILL
         (tmp_path / "r.json").unlink(missing_ok=True)
-    assert kills >= 5, "the machine is too fast for this test to kill anything"
+    assert kills >= 5, "hardly any of them was still alive"
     assert finish(tmp_path / "run", tmp_path)["weights"] == expected["weights"]
     assert not list((tmp_path / "run" / ".lastgood" / "tmp").iterdir())
 
