@@ -51,7 +51,7 @@ def test_healthy_log() -> None:
 
 def test_CKR001(real: Real, tmp_path: Path) -> None:
     root = aged(real("trainer_full"))
-    empty = tmp_path / "empty"
+    empty = tmp_path / "runs" / "empty"  # what is two levels up counts, so not other tests' runs
     found = the("CKR001", log=resumed(empty, True))
     assert found.saw == f"{empty} holds no checkpoint-N directory"
     assert good(root, 6) in found.fix  # the run beside it
