@@ -536,3 +536,17 @@ def test_the_plan_is_json() -> None:
     data = json.loads(msgspec.json.encode(found))
     assert data["outcomes"][0]["peak"] == found.lastgood.peak
     assert callable(lastgood.plan)
+
+
+def test_the_targets_of_an_adapter() -> None:
+    words = ("plan", "--model", "8B", "--train", "lora", "--max-steps", "1000", "--json")
+    some = json.loads(command.call(*words, "--lora-r", "8", "--lora-targets", "q_proj, v_proj").out)
+    assert some["sizes"]["trainable"] == 32 * 8 * ((4096 + 4096) + (4096 + 1024))
+    every = json.loads(command.call(*words, "--lora-targets", "all-linear").out)
+    assert every["sizes"] == json.loads(command.call(*words).out)["sizes"]
+    nothing = command.call(*words, "--lora-targets", "c_attn")
+    assert nothing.code == 2 and "no linear module called c_attn" in nothing.err and "q_proj" in nothing.err
+    assert (
+        "--lora-targets changes nothing without --train lora"
+        in command.call("plan", "--model", "8B", "--max-steps", "9", "--lora-targets", "q_proj").out
+    )

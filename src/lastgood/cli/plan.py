@@ -33,6 +33,7 @@ SCHEMA = "lastgood.plan/1"
 @click.option("--dtype", metavar="TYPE", help="Type of the trained weights (bf16).")
 @click.option("--master", metavar="TYPE", help="fp32: the optimizer keeps a copy of the weights, and its state, so.")
 @click.option("--lora-r", type=int, metavar="R", help="Rank of the adapter (16).")
+@click.option("--lora-targets", metavar="NAME,...", help="Modules that get one: q_proj,v_proj (all-linear).")
 @click.option("--world-size", type=int, metavar="N", help="Processes (1).")
 @click.option("--shard", type=click.Choice(["none", "zero1", "zero2", "zero3", "fsdp"]), help="What they share out.")
 @click.option("--max-steps", type=int, metavar="N", help="Length of the run in optimizer steps.")
@@ -179,6 +180,8 @@ def _numbers(given: dict[str, Any]) -> dict[str, Any]:
             except ValueError:
                 option = f"--{name.replace('_', '-')}"
                 raise UsageError(f"{option} {text.plain(given[name])!r} is not {expected}") from None
+    if given.get("lora_targets", "all-linear") != "all-linear":
+        found["lora_targets"] = tuple(filter(None, map(str.strip, given["lora_targets"].split(","))))
     for name in ("save_steps", "eval_steps"):
         if name in given and float(given[name]).is_integer():
             found[name] = int(given[name])

@@ -79,6 +79,7 @@ def _without_effect(options: Mapping[str, Any]) -> Iterator[str]:
     lora, ranks = options.get("train") == "lora", options.get("world_size", 1)
     idle = {
         "lora_r": (not lora, "--train lora"),
+        "lora_targets": (not lora, "--train lora"),
         "dtype": (lora, "--train full"),
         "shard": (ranks == 1 and options.get("shard") != "none", "a --world-size above 1"),
         "load_best_model_at_end": (options.get("compare") is None, "--compare stock"),
