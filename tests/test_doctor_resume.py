@@ -547,7 +547,7 @@ def test_many_checkpoints(tmp_path: Path, real: Real) -> None:
     for rule in chosen(["CKR", "CKC"], []):
         if rule.run is not None:
             list(rule.run(case))
-    assert time.process_time() - begin < 0.4  # two seconds for a thousand
+    assert time.process_time() - begin < 5  # the square of their number would take minutes
 
 
 @pytest.mark.parametrize(
@@ -556,7 +556,7 @@ def test_many_checkpoints(tmp_path: Path, real: Real) -> None:
 def test_long_lines_take_no_long_time(word: str) -> None:
     begin = time.process_time()
     diagnose(log=word * (500_000 // len(word)), select=["CKR", "CKC"])
-    assert time.process_time() - begin < 3
+    assert time.process_time() - begin < 20
 
 
 def test_CKR017(real: Real, tmp_path: Path) -> None:

@@ -425,7 +425,7 @@ def test_hundreds_of_checkpoints_are_looked_at_quickly(real: Real) -> None:
     case = case_of(disk, None, None)
     began = time.process_time()
     assert examine(case, select=["CKV", "CKP"]) == ()
-    assert time.process_time() - began < 0.5
+    assert time.process_time() - began < 5
 
 
 def test_hostile_files_stop_no_rule(real: Real) -> None:
