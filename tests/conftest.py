@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 import cli
 import realruns
@@ -16,6 +17,12 @@ import realruns
 # A shell that starts the tests in the background makes them ignore Ctrl-C, and every command that they start too.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Whoever changes something learns of what they changed: the gate tries the same examples each time. `scripts/fuzz`
+# looks for new ones, and what it finds becomes a test of its own.
+settings.register_profile("gate", derandomize=True, database=None)
+settings.register_profile("fuzz", suppress_health_check=list(HealthCheck), print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "gate"))
 
 
 def pytest_collection_finish() -> None:

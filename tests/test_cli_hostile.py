@@ -639,7 +639,7 @@ def smalls(realruns_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     return small(realruns_cache, tmp_path_factory.mktemp("small"))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_damage_never_ends_in_a_traceback(data: st.DataObject, smalls: tuple[tuple[Path, Path], ...]) -> None:
     root, path = data.draw(st.sampled_from(smalls))
@@ -667,7 +667,7 @@ def test_damage_never_ends_in_a_traceback(data: st.DataObject, smalls: tuple[tup
         path.write_bytes(before)
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_every_flip_in_a_managed_checkpoint_is_found(data: st.DataObject, one: Path) -> None:
     root = one

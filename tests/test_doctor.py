@@ -19,10 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lastgood
-from lastgood.doctor.diagnose import diagnose
+from lastgood.doctor.diagnose import case_of, diagnose, examine
+from lastgood.doctor.disk import Disk
+from lastgood.doctor.fix import execute, steps
 from lastgood.doctor.log import read
 from lastgood.doctor.rules import GROUPS, RULES
-from lastgood.errors import NoRun, UsageError
+from lastgood.errors import NoRun, Refused, UsageError
 from lastgood.layouts import progress
 
 import cli
@@ -393,3 +395,40 @@ def test_a_save_under_way_is_no_alarm(kind: str, real: Real) -> None:
             path.write_bytes(data)
             alarms = [f"{f.code} {f.saw}" for f in diagnose(root) if f.severity in ("error", "warning")]
             assert alarms == [], path.name
+
+
+def test_fix_changes_nothing_that_is_another_than_when_it_was_planned(real: Real) -> None:
+    """A stock Trainer holds no lock: its save may be done between the look and the deed."""
+    root = real("trainer_full")
+    state = (root / "checkpoint-6" / "trainer_state.json").read_bytes()
+    (root / "checkpoint-6" / "trainer_state.json").unlink()
+    disk = Disk(aged(root))
+    todo = steps(disk, examine(case_of(disk, None, None)))
+    assert [step.why_not for step in todo] == [""]
+    (root / "checkpoint-6" / "trainer_state.json").write_bytes(state)
+    before = tree(aged(root))
+    with pytest.raises(Refused, match="another state now"):
+        list(execute(disk, todo))
+    assert {name: data for name, data in tree(root).items() if not name.startswith(".lastgood/")} == before
+
+
+def test_the_log_of_a_crash_says_nothing_about_who_is_writing_now(real: Real, tmp_path: Path) -> None:
+    root = real("trainer_full")
+    (root / "checkpoint-6" / "trainer_state.json").unlink()
+    (tmp_path / "log").write_text(TRACEBACK.replace(MISMATCH, "ZeroDivisionError: 1/0"))
+    result = cli.call("doctor", root, "--log", tmp_path / "log", "--fix")
+    assert "written to lately" in result.err and (root / "checkpoint-6").exists(), result
+    piped = cli.run("doctor", "-", "-C", root, "--fix", input=(tmp_path / "log").read_text())
+    assert "written to lately" in piped.err and (root / "checkpoint-6").exists(), piped  # of before it was read
+
+
+def test_a_pipe_that_ends_says_that_its_writer_is_gone(real: Real, tmp_path: Path) -> None:
+    root = real("trainer_full")
+    script = tmp_path / "dies.py"
+    script.write_text(
+        "import pathlib, sys, time\nsys.stdout.write('saving\\n')\nsys.stdout.flush()\ntime.sleep(3)\n"
+        f"pathlib.Path({str(root / 'checkpoint-6')!r}, 'trainer_state.json').unlink()\n1 / 0\n"
+    )
+    command = f"{sys.executable} {script} 2>&1 | {sys.executable} -m lastgood -C {root} doctor - --fix"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=cli.environment(), check=False)
+    assert "fixed" in done.stderr and not (root / "checkpoint-6").exists(), done

@@ -108,9 +108,12 @@ class Live:
             step = own[args[0] % len(own)].step
             self.history.append(Pin(step))
             pins.add(self.root, policy.at_step(own, step)[0].id, "pinned")
-        elif what == "resume" and (full := [r for r in own if r.state == "full"]):
-            step = full[args[0] % len(full)].step
-            self.resume(step)
+        elif what == "resume":
+            # Not one that a branch left behind under a step where this branch has the weights alone: a step means
+            # the branch's own.
+            full = [r.step for r in own if policy.at_step(own, r.step)[0].state == "full"]
+            if full:
+                self.resume(full[args[0] % len(full)])
 
     def save(self, further: int, value: float | None, pause: float, *, full: bool) -> None:
         self.step, self.now, self.seed = max(1, self.step + further), self.now + pause, self.seed + 1
@@ -264,6 +267,17 @@ def test_the_same_step_on_another_branch_moves_the_older_one_aside() -> None:
     ]
     assert (moments[-1].peak, moments[-1].bytes) == (9 + 9 + 8 + 5, 9 + 9 + 8 + 5)
     assert moments[-1].latest is not None and moments[-1].latest.seq == 3
+
+
+def test_a_step_means_this_branch_even_where_only_another_has_its_full_state(tmp_path: Path) -> None:
+    live = Live(tmp_path, Keep(), by_rules=False, by_command=False)
+    for act in (("save", 1, None, 0.0), ("save", 3, None, 0.0), ("resume", 0), ("weights", 3, None, 0.0)):
+        live.act(*act)
+    (aside,) = (r for r in records(tmp_path) if r.step == 4 and not r.current)
+    assert aside.state == "full"
+    with pytest.raises(NoCheckpoint, match=f"(?s)weights alone.*another branch left {aside.name}"):
+        live.made.find(4)
+    live.made.close()
 
 
 def test_a_new_checkpoint_exists_before_an_old_one_goes() -> None:

@@ -61,7 +61,7 @@ def test_what_a_config_leaves_out_is_the_default(family: str) -> None:
     assert arithmetic.tensors(bare) == meta.tensors(bare)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None)
 @given(
     family=st.sampled_from(GROUPED),
     group=st.integers(1, 3),
@@ -142,7 +142,7 @@ def test_sizes_are_exact_models_or_scaled_ones_and_say_so() -> None:
     assert "scaled" in model_of("11B").name
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None)
 @given(st.floats(1e4, 1e14) | st.floats(4, 14).map(lambda exponent: 10**exponent))
 def test_a_scaled_size_is_within_3_percent(count: float) -> None:
     shapes = arithmetic.tensors(known.scaled(count))

@@ -182,7 +182,7 @@ def done(base: Path, deeds: list[tuple[Callable[[Path], None], int]], place: Pat
 
 BASES = ("managed", "branched", "stock", "adopted", "partly adopted", "two runs", "managed beside stock")
 CASES = st.lists(st.tuples(st.sampled_from(DEEDS), st.integers(0, 2)), max_size=4)
-QUICK = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+QUICK = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.mark.parametrize("base", BASES)

@@ -258,6 +258,9 @@ class Manager:
             if what == "last":
                 skipped += [(r.name, UNADOPTED) for r in everything if r.state == "stock" and r.step > record.step]
             return Found(record, tuple(skipped), (*damaged, *choice.damaged))
+        if isinstance(what, int):
+            aside = [r.name for r in everything if r.step == what and r.ours and not r.current and r.state == "full"]
+            skipped += [(name, f"another branch left {name}: its path resumes from it") for name in aside]
         listing = "".join(f"\n  {name}: {reason}" for name, reason in skipped)
         raise NoCheckpoint(
             f"{self.root} has no good checkpoint for {what!r}{listing}",

@@ -187,5 +187,9 @@ def husks(view: View, stock: bool) -> list[Record]:
 
 def in_flux(path: Path) -> bool:
     """Whether something in a directory was written lately."""
-    times = [modified(path), *(modified(Path(at) / name) for at, _, names in os.walk(path) for name in names)]
-    return max(times) > time.time() - LATELY
+    return last_write(path) > time.time() - LATELY
+
+
+def last_write(path: Path) -> float:
+    """Seconds since 1970 of the last write to a file, or to anything in a directory."""
+    return max(modified(path), *(modified(Path(at) / name) for at, _, names in os.walk(path) for name in names), 0.0)

@@ -18,7 +18,7 @@ from lastgood.model import Record
 from lastgood.repo import gc, journal
 from lastgood.repo.layout import HIDDEN
 from lastgood.store import local
-from lastgood.store.quota import quota
+from lastgood.store.quota import quota, room
 from lastgood.view import View, look
 
 HIDDEN_KINDS = {"undo": "trash", "trash": "leftovers", "tmp": "leftovers", "quarantine": "quarantine"}
@@ -144,8 +144,7 @@ def _disk(view: View) -> dict[str, Any]:
     total = shutil.disk_usage(view.root).total
     free, inodes = local.free(view.root)
     limits = quota(view.root)
-    left = free if limits is None else min(free, max(0, limits[1] - limits[0]))
-    guess = _forecast(view, left)
+    guess = _forecast(view, room(view.root))
     when = "" if guess.seconds is None else f", about {units.span(guess.seconds)} at the pace of the last ones"
     return {
         "mount": str(_mount(view.root)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,7 @@ def doctor(root: str | None, words: tuple[str, ...], style: Style, **o: Any) -> 
     from lastgood.doctor.fix import execute, steps
     from lastgood.doctor.log import read
 
+    started = time.time()
     said = None if log is None else read(_read(log, style))
     given = None if o["arguments"] is None else load(o["arguments"])
     place = _place(root, run, optional=said is not None or given is not None, said="" if said is None else said.text)
@@ -86,8 +88,9 @@ def doctor(root: str | None, words: tuple[str, ...], style: Style, **o: Any) -> 
     if o["fix"]:
         if disk is None:
             raise UsageError("--fix mends a run directory", hint="lastgood doctor RUN --fix")
-        todo = steps(disk, found, ended=said is not None and _ended(said, log))
-        stopped = _do(execute(disk.root, todo), done)
+        since = started if log == "-" and not sys.stdin.isatty() else None
+        todo = steps(disk, found, since=since)
+        stopped = _do(execute(disk, todo, since=since), done)
     if style.json:
         emit_json(SCHEMA, _json(disk, found, todo, done))
     else:
@@ -167,11 +170,6 @@ def _read(log: str, style: Style) -> str:
         while size > 2 * LIMIT and len(kept) > 1:
             size -= len(kept.pop(0))
     return "".join(kept)
-
-
-def _ended(said: Log, log: str | None) -> bool:
-    """Whether the process that wrote the log is gone: its output came to an end, or it died of an exception."""
-    return (log == "-" and not sys.stdin.isatty()) or any(raised.frames for raised in said.raised[:1])
 
 
 def _place(root: str | None, run: str | None, *, optional: bool, said: str) -> Path | None:

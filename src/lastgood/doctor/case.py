@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from functools import cached_property
 from importlib import metadata
+from pathlib import Path
 
 from lastgood.doctor.disk import Disk
 from lastgood.doctor.log import Log
 from lastgood.doctor.settings import Settings
+from lastgood.layouts.found import modified
+from lastgood.store import local
 
+NOW = 60
+"""Seconds since the last write within which a save may still be under way."""
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "lightning", "safetensors", "numpy", "deepspeed")
 
 
@@ -41,3 +47,10 @@ class Case:
             except metadata.PackageNotFoundError:
                 continue
         return found
+
+    def under_way(self, path: Path) -> bool:
+        """Whether somebody wrote there a moment ago, so that it may be a save that isn't finished."""
+        if self.log is not None and self.log.raised and self.log.raised[0].kind:
+            return False  # what was writing has ended
+        newest = max(map(modified, (path, *(path / name for name in local.names(path)))))
+        return abs(time.time() - newest) < NOW

@@ -17,7 +17,6 @@ from lastgood.doctor.finding import ORDER, SERIOUS, Finding
 from lastgood.doctor.log import Log, Raised, read
 from lastgood.doctor.rule import Rule, Sight
 from lastgood.doctor.rules import RULES
-from lastgood.doctor.rules.resume_disk import under_way
 from lastgood.doctor.settings import Settings, settings_of
 from lastgood.errors import NoRun, UsageError, wrong_type
 
@@ -81,14 +80,7 @@ def examine(case: Case, *, select: Sequence[str] = (), ignore: Sequence[str] = (
 
 def preflight(settings: Settings, select: Sequence[str] = ()) -> tuple[Finding, ...]:
     """What the settings alone say, before the first step: the worst first."""
-    case = Case(settings=settings)
-    found = [
-        rule.finding(case, sight, ARGUMENTS)
-        for rule in chosen(select, ())
-        if rule.arguments is not None
-        for sight in rule.arguments(case)
-    ]
-    return tuple(sorted(found, key=lambda finding: ORDER.index(finding.severity)))
+    return examine(Case(settings=settings), select=select)
 
 
 def chosen(select: Sequence[str], ignore: Sequence[str]) -> tuple[Rule, ...]:
@@ -150,7 +142,7 @@ def _in_time(case: Case, finding: Finding) -> Finding:
         return finding
     whole = any(r.name == finding.where and r.state != "incomplete" for r in case.disk.records)
     path = case.disk.root / finding.where
-    if whole or not path.exists() or not under_way(case, path):
+    if whole or not path.exists() or not case.under_way(path):
         return finding
     why = "a save may be under way: it was written to less than a minute ago"
     return msgspec.structs.replace(finding, severity="info", evidence=(*finding.evidence, why))

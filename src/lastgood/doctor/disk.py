@@ -13,10 +13,12 @@ from lastgood.errors import CorruptCheckpoint, LastgoodError
 from lastgood.format import archive
 from lastgood.format.tensors import Slot, read_header
 from lastgood.layouts.found import files_of
+from lastgood.layouts.progress import STATE
 from lastgood.model import Record
 from lastgood.repo.layout import HIDDEN
 from lastgood.resumption import choose
 from lastgood.store import local
+from lastgood.store.quota import room
 from lastgood.view import View, look
 
 CLOSE = 3
@@ -73,8 +75,8 @@ class Disk:
 
     @cached_property
     def free(self) -> int:
-        """Bytes that can still be written."""
-        return local.free(self.root)[0]
+        """Bytes that can still be written, by the disk and by the quota."""
+        return room(self.root)
 
     @cached_property
     def inodes(self) -> int:
@@ -110,7 +112,7 @@ class Disk:
 
     def state(self, record: Record) -> Mapping[str, Any]:
         """trainer_state.json, or {}."""
-        value = self.json(record, "trainer_state.json")
+        value = self.json(record, STATE)
         return value if isinstance(value, dict) else {}
 
     def arguments(self, record: Record) -> Mapping[str, object]:

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lastgood.layouts.progress import STATE
 from lastgood.repo.layout import step_of
 from lastgood.repo.trail import Entry, number
 from lastgood.store import local
 
-STATE = "trainer_state.json"
 LIMIT = 1 << 30
 
 Rows = Sequence[Mapping[str, Any]]

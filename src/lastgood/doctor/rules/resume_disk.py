@@ -6,13 +6,12 @@ import json
 import os
 import re
 import shlex
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 
-from lastgood.doctor.case import Case
+from lastgood.doctor.case import NOW, Case
 from lastgood.doctor.disk import Disk
 from lastgood.doctor.finding import Repair, Severity
 from lastgood.doctor.named import SENTINEL, judge, listing, resumes
@@ -25,8 +24,6 @@ from lastgood.store import local
 
 MANY = 50
 """Incomplete checkpoints that are looked at."""
-NOW = 60
-"""Seconds since the last write within which a save may still be under way."""
 _LEFT = re.compile(r"tmp-checkpoint-\d+|checkpoint-\d+.*[._-](?:incomplete|partial|tmp|temp)")
 _TORN = (".incomplete", ".tmp", ".partial")
 
@@ -71,22 +68,9 @@ def aside(case: Case, record: Record) -> Repair | None:
     return Repair("quarantine", record.name)
 
 
-def under_way(case: Case, path: Path) -> bool:
-    """Whether somebody wrote there a moment ago, so that it may be a save that isn't finished."""
-    if case.log is not None and case.log.raised and case.log.raised[0].kind:
-        return False  # what was writing has ended
-    newest = 0.0
-    for name in ("", *local.names(path)):
-        try:
-            newest = max(newest, os.lstat(path / name).st_mtime)
-        except OSError:
-            continue
-    return abs(time.time() - newest) < NOW
-
-
 def _cut(case: Case, record: Record, saw: str, *evidence: str, fix: tuple[str, ...] = ()) -> Sight:
     disk = disk_of(case)
-    writing = under_way(case, disk.path(record))
+    writing = case.under_way(disk.path(record))
     now = (f"the last write there was less than {NOW} s ago: if a save is under way, look again when it is done",)
     return Sight(
         saw=saw,
@@ -186,7 +170,7 @@ def leftovers(case: Case) -> Iterator[Sight]:
     for name in disk.beside[:10_000]:
         if _LEFT.fullmatch(name):
             path = disk.root / name
-            now = under_way(case, path)
+            now = case.under_way(path)
             yield Sight(
                 saw=f"{name} is a save that never got its name",
                 where=name,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from lastgood import policy
@@ -15,17 +15,15 @@ from lastgood.doctor.rules.distributed_disk import unfinished
 from lastgood.errors import LastgoodError
 from lastgood.manager import RESERVE
 from lastgood.model import TRAINERS, Record, finite, stripped
+from lastgood.planner.ahead import Coming, ahead
 from lastgood.policy import Keep
 from lastgood.repo import bin, gc
 from lastgood.schedule import absolute_steps, total_steps
-from lastgood.simulate import Save, simulate
 from lastgood.store import local
 from lastgood.store.quota import quota
 from lastgood.store.quota import room as writable
 from lastgood.units import size
 
-TAIL, AHEAD = 16, 48
-"""Saves behind and ahead that are played through; what comes later is reckoned from the growth of these."""
 FEW = 64
 """So few free inodes are none: one save makes a dozen files."""
 LONGEST = 1 << 50
@@ -146,66 +144,30 @@ def upcoming(case: Case) -> Iterator[Sight]:
     if not points:
         return
     free = writable(disk.root)
-    left = free - (RESERVE if disk.view.adopted_or_ours(newest) and not newest.layout else 0)
-    keep = _keep(case)
+    held = RESERVE if disk.view.adopted_or_ours(newest) and not newest.layout else 0
     needed = next((r.size for r in reversed(own) if r.state == newest.state), newest.size)
-    files = len(disk.files(newest))
-    index = 0 if 0 <= disk.inodes < files else _overflow(own, keep, needed, points, left)
-    if index is None or index >= len(points):
+    weights = stripped(newest.manifest).size if newest.manifest is not None else needed
+    made = [record.manifest.created if record.manifest is not None else 0.0 for record in own]
+    coming = Coming(
+        steps=points, end=points[0] if end is None else end,
+        full=needed if newest.state == "full" else None, weights=min(weights, needed),
+        now=made[-1], pace=max(0.0, (made[-1] - made[0]) / (len(made) - 1)) if len(made) > 1 else 60.0,
+    )  # fmt: skip
+    keep, space = _keep(case), free - held + sum(record.size for record in own)
+    spent = 0 <= disk.inodes < len(disk.files(newest))
+    step = coming.step(0) if spent else ahead(coming, keep, space, there=own).full_at
+    if step is None:
         return
-    step = points[index] if end is None else min(points[index], end)
-    ahead = f"{len(points)} saves are still to come, up to step {end}" if end is not None else "one save more"
+    index = -(-(step - points.start) // points.step)
+    many = f"{len(points)} saves are still to come, up to step {end}" if end is not None else "one save more"
     yield Sight(
         where=newest.name,
-        saw=f"the save at step {step} won't fit: each takes {size(needed)}, {size(free)} are free, {ahead}",
+        saw=f"the save at step {step} won't fit: each takes {size(needed)}, {size(free)} are free, {many}",
         evidence=(f"policy: {keep.describe()}", *room(case)),
         severity="error" if index == 0 else "warning",
         means="the next save fails" if index == 0 else f"after {index} more save{'s' * (index > 1)} the disk is full",
         fix=fix(case),
     )
-
-
-def _overflow(own: Sequence[Record], keep: Keep, needed: int, points: Sequence[int], free: int) -> int | None:
-    """Which of the saves to come is the first that doesn't fit; None if all do. free: bytes."""
-    if needed > free:
-        return 0
-    before = own[-TAIL:]
-    newest = before[-1]
-    weights = stripped(newest.manifest).size if newest.manifest is not None else needed
-    full = needed if newest.state == "full" else None
-    most = _most(keep, needed, weights)
-    if most is not None and max(needed, most - sum(record.size for record in own)) <= free:
-        return None
-    made = [record.manifest.created if record.manifest is not None else 0.0 for record in before]
-    pace = max(0.0, (made[-1] - made[0]) / (len(made) - 1)) if len(made) > 1 else 60.0
-    history = [
-        Save(r.step, r.size if r.state == "full" else None, min(weights, r.size), when, r.metrics)
-        for r, when in zip(before, made, strict=True)
-    ]
-    ahead = points[:AHEAD]
-    history += [Save(step, full, min(weights, needed), made[-1] + pace * n, {}) for n, step in enumerate(ahead, 1)]
-    moments = simulate(history, keep)[len(before) :]
-    there = sum(record.size for record in before)
-    # What is there now goes only after the first save: whatever the policy says, that one comes on top.
-    grown = [needed, *(moment.peak - there for moment in moments[1:])]
-    for place, growth in enumerate(grown):
-        if growth > free:
-            return place
-    middle = len(grown) // 2
-    slope = (grown[-1] - grown[middle]) / max(1, len(grown) - 1 - middle)
-    if len(ahead) == len(points) or slope <= 0:
-        return None
-    return len(grown) + int((free - grown[-1]) // slope)
-
-
-def _most(keep: Keep, needed: int, weights: int) -> int | None:
-    """Bytes that the run never exceeds with this policy, the save that is being written included; None if it grows."""
-    if keep.unlimited or keep.every is not None or keep.within is not None:
-        return None
-    # The newest that can be resumed from and the best stay besides what the rules want.
-    count = (keep.total or 0) + (keep.last or 0) + (keep.best or 0) + 2
-    full = count if keep.full is None else min(count, keep.full + 1)
-    return full * needed + (count - full) * weights + needed
 
 
 def _keep(case: Case) -> Keep:
@@ -244,7 +206,7 @@ def steps_per_epoch(case: Case, record: Record) -> int | None:
     return max(1, round(step / epoch))
 
 
-def _points(case: Case, record: Record, end: int | None) -> Sequence[int]:
+def _points(case: Case, record: Record, end: int | None) -> range:
     """The steps of the saves to come; only the next one where nobody knows how long the run is."""
     s = case.settings
     assert s is not None
