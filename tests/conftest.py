@@ -14,9 +14,12 @@ from hypothesis import HealthCheck, settings
 import cli
 import realruns
 
-# A shell that starts the tests in the background makes them ignore Ctrl-C, and every command that they start too.
+# A shell that starts the tests in the background makes them ignore Ctrl-C, and nohup a hang-up; every command that they
+# start would ignore it too.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Whoever changes something learns of what they changed: the gate tries the same examples each time. `scripts/fuzz`
 # looks for new ones, and what it finds becomes a test of its own.

@@ -271,7 +271,17 @@ def _dcp_rank(rank: int, root: str, store: str) -> None:
         if step % 2 == 0:
             weights, moments = get_state_dict(model, optimizer)
             dcp.save({"model": weights, "optimizer": moments, "step": step}, checkpoint_id=f"{root}/step-{step}")
+    _leave()
+
+
+def _leave() -> None:
+    """End a process of a group. Under load gloo's threads may outlive it, and torch then aborts a finished process."""
+    import torch.distributed as dist
+
     dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def fsdp_trainer(root: Path) -> None:
@@ -316,7 +326,7 @@ def _fsdp_rank(kind: str, root: Path) -> None:
         fsdp=True,
         fsdp_config={"version": 2, "state_dict_type": kind, "transformer_layer_cls_to_wrap": ["GPT2Block"]},
     )
-    dist.destroy_process_group()
+    _leave()
 
 
 def deepspeed_layout(root: Path) -> None:

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 import lastgood
 from lastgood.errors import CorruptCheckpoint, NoCheckpoint, NotSupported
 from lastgood.format import manifest as codec
-from lastgood.integrations.transformers.resume import Fresh, resolve
 from lastgood.manager import Manager
 from lastgood.model import Manifest, Record, checkpoint_name, stripped
 from lastgood.policy import Keep
 from lastgood.recovery import first_good, in_order
 from lastgood.repo.layout import HIDDEN, step_of
 from lastgood.repo.read import records
+from lastgood.target import Fresh, resolve
 
 import realruns
 from cli import branched, call, flip, managed, snapshot
