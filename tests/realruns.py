@@ -300,7 +300,6 @@ def _launch(kind: str, root: Path) -> None:
 
 
 def _fsdp_rank(kind: str, root: Path) -> None:
-    import torch.distributed as dist
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 

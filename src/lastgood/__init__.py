@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from lastgood.errors import (
         UsageError as UsageError,
     )
+    from lastgood.integrations.torch.manager import CheckpointManager as CheckpointManager
     from lastgood.integrations.transformers.manage import manage as manage
     from lastgood.integrations.transformers.trainer import ManagedTrainer as ManagedTrainer
     from lastgood.planner.plan import plan as plan
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CheckpointManager": "lastgood.integrations.torch.manager",
     "Conflict": "lastgood.errors",
     "CorruptCheckpoint": "lastgood.errors",
     "Finding": "lastgood.doctor.finding",

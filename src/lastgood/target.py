@@ -39,45 +39,55 @@ class Fresh:
     why: str
 
 
-def resolve(manager: Manager, value: Any, *, full: bool = True) -> Target | Fresh:
-    """Raises NoCheckpoint where something was asked for that isn't there, and never picks what wasn't verified."""
+def resolve(
+    manager: Manager,
+    value: Any,
+    *,
+    full: bool = True,
+    option: str = "resume_from_checkpoint",
+    stock_too: bool = True,
+) -> Target | Fresh:
+    """Raises NoCheckpoint where something was asked for that isn't there, and never picks what wasn't verified.
+
+    option: what its user calls `value`. stock_too: whether "auto" may mean what a stock Trainer left there.
+    """
     if value is None or value is False:
-        return Fresh(_why_fresh(manager, value))
+        return Fresh(_why_fresh(manager, value, option))
     if value is True or value == "auto":
-        return _auto(manager)
+        return _auto(manager, option, stock_too)
     if isinstance(value, int) or (isinstance(value, str) and value.isdigit()):
         return _own(manager, int(value), full=full)
     if value in ("last", "best"):
         return _own(manager, value, full=full)
     if isinstance(value, (str, os.PathLike)):
-        return _path(manager, Path(value))
-    raise wrong_type("resume_from_checkpoint", value, SUPPORTED)
+        return _path(manager, Path(value), option)
+    raise wrong_type(option, value, SUPPORTED)
 
 
-def _why_fresh(manager: Manager, value: Any) -> str:
+def _why_fresh(manager: Manager, value: Any, option: str) -> str:
     there = [record.name for record in manager.records() if record.ours]
     if not there:
         return ""
     return (
         f"starting a new run although {manager.root} holds {len(there)} checkpoints of an earlier one"
-        f" ({', '.join(there[-3:])}): they stay as they are; resume_from_checkpoint='auto' continues from them"
+        f" ({', '.join(there[-3:])}): they stay as they are; {option}='auto' continues from them"
         + ("" if value is False else ", False says that this is meant")
     )
 
 
-def _auto(manager: Manager) -> Target | Fresh:
+def _auto(manager: Manager, option: str, stock_too: bool) -> Target | Fresh:
     everything = manager.records()
     own = [record for record in everything if record.state in ("full", "weights", "incomplete")]
     if any(record.ours for record in own):
         return _own(manager, "last")
     old = [stock.inspect(manager.root / record.name) for record in everything if record.state == "stock"]
-    if old:
+    if old and stock_too:
         return _stock_auto(manager, old)
     if own:
         listing = "".join(f"\n  {record.name}: {record.problem}" for record in own)
         raise NoCheckpoint(
             f"no checkpoint in {manager.root} is good{listing}",
-            hint="resume_from_checkpoint=False starts afresh and leaves these as they are",
+            hint=f"{option}=False starts afresh and leaves these as they are",
         )
     foreign = [record.name for record in everything if record.state == "foreign"]
     beside = f"; {', '.join(foreign[:3])} belong to another run and are left alone" if foreign else ""
@@ -109,7 +119,7 @@ _STOCK_NOTE = "written by a stock Trainer: read with weights_only=True, no hashe
 _ADOPTED_NOTE = "written by a stock Trainer and adopted: read with weights_only=True"
 
 
-def _path(manager: Manager, path: Path) -> Target:
+def _path(manager: Manager, path: Path, option: str) -> Target:
     if not path.is_dir():
         near = ", ".join(record.name for record in manager.records()[-3:]) or "none"
         raise NoCheckpoint(f"{path} is not a directory; checkpoints in {manager.root}: {near}")
@@ -118,7 +128,7 @@ def _path(manager: Manager, path: Path) -> Target:
     ):
         raise UsageError(
             f"{path} is a run, not a checkpoint",
-            hint=f"name one of its checkpoints, or use resume_from_checkpoint='auto' with output_dir={str(path)!r}",
+            hint=f"name one of its checkpoints, or use {option}='auto' in the run itself",
         )
     if not (path / "lastgood.json").exists():
         return _stock_path(path)
@@ -126,10 +136,10 @@ def _path(manager: Manager, path: Path) -> Target:
     record = next((r for r in records(path.parent) if r.name == path.name), None)
     if record is None or record.manifest is None or (record.problem and record.state == "incomplete"):
         reason = "not a checkpoint directory" if record is None else record.problem
-        raise CorruptCheckpoint(f"{path} can't be resumed from: {reason}", hint="resume_from_checkpoint='auto'")
+        raise CorruptCheckpoint(f"{path} can't be resumed from: {reason}", hint=f"{option}='auto'")
     faults = verify.problems(path.parent, record, full=manager.verify == "full")
     if faults:
-        raise CorruptCheckpoint(f"{path} is damaged: {'; '.join(faults[:3])}", hint="resume_from_checkpoint='auto'")
+        raise CorruptCheckpoint(f"{path} is damaged: {'; '.join(faults[:3])}", hint=f"{option}='auto'")
     return Target(path=path, record=record, own=same_run and record.ours)
 
 

@@ -15,6 +15,7 @@ import torch
 
 from lastgood.errors import Incompatible
 from lastgood.state import tree
+from lastgood.state.match import Match
 from lastgood.state.tensors import same_bits
 
 
@@ -41,20 +42,25 @@ def clean(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
-def capture(optimizer: Any, live: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """(JSON, tensors). The tensors are the live ones: write them before the next step."""
+def capture(
+    optimizer: Any, live: Mapping[str, torch.Tensor], prefix: str = ""
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """(JSON, tensors). The tensors are the live ones: write them before the next step. prefix: of their names."""
     inner = plain(optimizer)
     names = parameter_names(inner, live)
     flat = [name for group in names for name in group]
     state = inner.state_dict()
     tensors: dict[str, torch.Tensor] = {}
     values = {
-        flat[index]: tree.encode(entry, tensors, f"state.{flat[index]}") for index, entry in state["state"].items()
+        flat[index]: tree.encode(entry, tensors, f"{prefix}state.{flat[index]}")
+        for index, entry in state["state"].items()
     }
     groups = [
         {
             "names": group_names,
-            "values": tree.encode({k: v for k, v in group.items() if k != "params"}, tensors, f"group.{number}"),
+            "values": tree.encode(
+                {k: v for k, v in group.items() if k != "params"}, tensors, f"{prefix}group.{number}"
+            ),
         }
         for number, (group, group_names) in enumerate(zip(state["param_groups"], names, strict=True))
     ]
@@ -63,8 +69,46 @@ def capture(optimizer: Any, live: Mapping[str, torch.Tensor]) -> tuple[dict[str,
         "class": f"{type(inner).__module__}.{type(inner).__qualname__}",
         "state": values,
         "groups": groups,
-        "rest": tree.encode(rest, tensors, "rest"),
+        "rest": tree.encode(rest, tensors, f"{prefix}rest"),
     }, tensors
+
+
+def _hyper(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def fits(optimizer: Any, live: Mapping[str, torch.Tensor], saved: Mapping[str, Any]) -> list[list[str]]:
+    """The names of the optimizer's parameters, by group. Raises Incompatible where what was saved is for others."""
+    inner = plain(optimizer)
+    kind = f"{type(inner).__module__}.{type(inner).__qualname__}"
+    if kind != saved["class"]:
+        raise Incompatible(
+            f"the checkpoint holds the state of {saved['class']}, the run uses {kind}",
+            hint="use the same `optim`, or allow_missing=['optimizer', 'scheduler'] to start it afresh",
+        )
+    names = parameter_names(inner, live)
+    _same_parameters(names, [group["names"] for group in saved["groups"]])
+    return names
+
+
+def renamed(optimizer: Any, live: Mapping[str, torch.Tensor], saved: Mapping[str, Any], match: Match) -> dict[str, Any]:
+    """What was saved, for the parameters of a model that isn't quite the saved one; new ones begin without state.
+
+    Raises Incompatible for differences that `match` doesn't allow.
+    """
+    names = parameter_names(plain(optimizer), live)
+    if len(names) != len(saved["groups"]):
+        raise Incompatible(
+            f"the optimizer has {len(names)} parameter groups, in the checkpoint it has {len(saved['groups'])}",
+            hint="build the groups in the same way, or allow_missing=['optimizer', 'scheduler'] to start it afresh",
+        )
+    before = [name for group in saved["groups"] for name in group["names"]]
+    pairs = match.pair(before, [name for group in names for name in group], "the optimizer")
+    return {
+        **saved,
+        "groups": [{**group, "names": now} for group, now in zip(saved["groups"], names, strict=True)],
+        "state": {here: saved["state"][name] for here, name in pairs.items() if name in saved["state"]},
+    }
 
 
 def restore(
@@ -72,14 +116,7 @@ def restore(
 ) -> None:
     """Load into `optimizer`. Raises Incompatible, before anything is changed, where the parameters differ."""
     inner = plain(optimizer)
-    names = parameter_names(inner, live)
-    kind = f"{type(inner).__module__}.{type(inner).__qualname__}"
-    if kind != saved["class"]:
-        raise Incompatible(
-            f"the checkpoint holds the state of {saved['class']}, the run uses {kind}",
-            hint="use the same `optim`, or allow_missing=['optimizer', 'scheduler'] to start it afresh",
-        )
-    _same_parameters(names, [group["names"] for group in saved["groups"]])
+    names = fits(optimizer, live, saved)
     position = {name: index for index, name in enumerate(name for group in names for name in group)}
     owned = {name: tensor.clone() for name, tensor in tensors.items()}
     state = {position[name]: tree.decode(entry, owned) for name, entry in saved["state"].items()}

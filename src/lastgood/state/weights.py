@@ -143,11 +143,13 @@ class Coverage:
 
 def _digests_of(files: list[TensorFile], live: Mapping[str, torch.Tensor], digests: Mapping[str, str]) -> set[str]:
     """Digests of the tensors in `files`; those that are live tensors themselves aren't hashed twice."""
-    known = {_identity(tensor): digests[name] for name, tensor in live.items() if tensor.numel()}
-    return {known.get(_identity(tensor)) or digest(tensor) for file in files for tensor in file.tensors.values()}
+    known = {identity(tensor): digests[name] for name, tensor in live.items() if tensor.numel()}
+    saved = [(name, tensor) for file in files for name, tensor in file.tensors.items()]
+    return {known.get(identity(tensor)) or digest(tensor, name) for name, tensor in saved}
 
 
-def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
+def identity(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What two names of the very same tensor have in common."""
     return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), str(tensor.device))
 
 
@@ -158,19 +160,52 @@ def restore(
     *,
     allow_base: bool = False,
 ) -> dict[str, int]:
-    """Give every live tensor the value whose digest is in `expected`; `load` reads the saved tensors when needed.
+    """Give every live tensor the value whose digest is in `expected`: `prepare` and `Prepared.apply` in one."""
+    return prepare(model, expected, load, allow_base=allow_base).apply()
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A restore that is known to be whole; nothing was changed yet.
+
+    live: the tensors of the model; sources: live name -> what goes into it; counts: how many tensors are unchanged,
+    copied, converted and different.
+    """
+
+    live: Mapping[str, torch.Tensor]
+    expected: Mapping[str, str]
+    sources: Mapping[str, torch.Tensor]
+    counts: dict[str, int]
+
+    def apply(self) -> dict[str, int]:
+        """Returns the counts. Raises IncompleteRestore if a tensor doesn't hold what was saved even now."""
+        with torch.no_grad():
+            for name, tensor in self.sources.items():
+                self.live[name].copy_(tensor)
+        wrong = [name for name in self.sources if digest(self.live[name]) != self.expected[name]]
+        if wrong:
+            raise IncompleteRestore(f"after the restore these tensors don't hold what was saved: {some(wrong)}")
+        return self.counts
+
+
+def prepare(
+    model: torch.nn.Module,
+    expected: Mapping[str, str],
+    load: Callable[[], dict[str, torch.Tensor]],
+    *,
+    allow_base: bool = False,
+) -> Prepared:
+    """Find what goes into every live tensor by the digests in `expected`; `load` reads the saved tensors when needed.
 
     allow_base: frozen tensors that differ and aren't stored (another base model) stay as they are.
-    Returns how many tensors were unchanged, copied, converted and different. Raises Incompatible
-    (names or shapes differ) or IncompleteRestore (no saved tensor leads to a live one); in both
-    cases the model is as it was.
+    Raises Incompatible (names or shapes differ) or IncompleteRestore (no saved tensor leads to a live one).
     """
     live = live_tensors(model)
     _same_names(set(live), set(expected))
     waiting = {name: want for name, want in expected.items() if digest(live[name]) != want}
     counts = {"unchanged": len(expected) - len(waiting), "copied": 0, "converted": 0}
     if not waiting:
-        return counts
+        return Prepared(live, expected, {}, counts)
     saved = load()
     by_digest = {digest(tensor): tensor for tensor in saved.values()}
     sources = {name: by_digest[want] for name, want in waiting.items() if want in by_digest}
@@ -186,13 +221,7 @@ def restore(
         counts["different"] = len(other)
         waiting = {name: want for name, want in waiting.items() if name not in other}
     _all_found(waiting, sources, live)
-    with torch.no_grad():
-        for name, tensor in sources.items():
-            live[name].copy_(tensor)
-    wrong = [name for name in sources if digest(live[name]) != expected[name]]
-    if wrong:
-        raise IncompleteRestore(f"after the restore these tensors don't hold what was saved: {some(wrong)}")
-    return counts
+    return Prepared(live, expected, sources, counts)
 
 
 def _same_names(live: set[str], saved: set[str]) -> None:

@@ -2,79 +2,46 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.trainer_callback import ExportableState
 
-from lastgood.errors import CorruptCheckpoint, IncompleteRestore
-from lastgood.format import tensors as safetensors
-from lastgood.model import Record
+from lastgood.errors import IncompleteRestore
 from lastgood.state import optimizer, tree, weights
 from lastgood.state.data import Position
 from lastgood.state.fingerprint import live_tensors
-from lastgood.state.tensors import from_bytes
+from lastgood.state.saved import Saved
 
 
 @dataclass(slots=True)
-class Source:
+class Source(Saved):
     """One checkpoint being restored, and the protocol of it."""
 
-    path: Path
-    record: Record
     allow: Collection[str] = ()
     restored: list[tuple[str, str]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
-    _resume: dict[str, Any] | None = None
-    _tensors: dict[str, torch.Tensor] | None = None
-
-    @property
-    def manifest_parts(self) -> dict[str, tuple[str, ...]]:
-        return {} if self.record.manifest is None else self.record.manifest.parts
-
-    @property
-    def resume(self) -> dict[str, Any]:
-        """resume.json; {} for a checkpoint that holds the weights alone."""
-        if self._resume is None:
-            name = self.path / "resume.json"
-            self._resume = _read_json(name) if "progress" in self.manifest_parts else {}
-        return self._resume
-
-    @property
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors of optimizer, scheduler, scaler and callbacks."""
-        if self._tensors is None:
-            name = self.path / "optimizer.safetensors"
-            loaded = safetensors.load(name) if "optimizer" in self.manifest_parts else {}
-            self._tensors = {key: from_bytes(entry) for key, entry in loaded.items()}
-        return self._tensors
-
-    def done(self) -> None:
-        """Everything was handed out: let go of the buffers."""
-        self._tensors = None
 
     # ---- parts ---------------------------------------------------------------------------
 
     def weights(self, model: torch.nn.Module) -> None:
         """Every parameter and buffer of `model`, proven by digest."""
-        expected = _read_json(self.path / "tensors.json")["tensors"]
+        expected = self.digests["tensors"]
         counts = weights.restore(model, expected, self._saved_weights, allow_base="base_model" in self.allow)
         detail = ", ".join(f"{number} {how}" for how, number in counts.items() if number)
         self.restored.append(("model", f"all {len(expected)} tensors proven ({detail})"))
 
     def _saved_weights(self) -> dict[str, torch.Tensor]:
         found: dict[str, torch.Tensor] = {}
-        for name in self.manifest_parts["model"]:
+        for name in self.parts["model"]:
             if name.endswith(".safetensors"):
                 # Conversions go by the names in the model's own files. Elsewhere (two adapters, live tensors
                 # beside converted ones) the same name may come twice, and digests find either.
                 prefix = "" if name.startswith("model") else f"{name}/"
-                for key, entry in safetensors.load(self.path / name).items():
-                    found[prefix + key] = from_bytes(entry)
+                for key, tensor in self.load(name).items():
+                    found[prefix + key] = tensor
         return found
 
     def optimizer(self, trainer: Any) -> None:
@@ -140,13 +107,3 @@ class Source:
         self.require(part)
         self.missing.append(part)
         return False
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CorruptCheckpoint(f"{path} can't be read: {error}") from error
-    if not isinstance(value, dict) or value.get("format") != 1:
-        raise CorruptCheckpoint(f"{path} is not in a format that this version of lastgood reads")
-    return value

@@ -18,19 +18,19 @@ from lastgood.integrations.transformers.events import Events, StopRequest
 from lastgood.integrations.transformers.options import Options, retention
 from lastgood.integrations.transformers.outlook import look_ahead
 from lastgood.integrations.transformers.proving import Proving
-from lastgood.integrations.transformers.recorder import Recorder
 from lastgood.integrations.transformers.restore import Source
-from lastgood.integrations.transformers.resume import Fresh, Target, resolve
 from lastgood.manager import Manager
 from lastgood.model import Record, finite
 from lastgood.repo import after, journal
 from lastgood.report import Change, Report
-from lastgood.state import rng
+from lastgood.state import facts, rng
 from lastgood.state.data import Tracker
 from lastgood.state.fingerprint import live_tensors
+from lastgood.state.recorder import Recorder
 from lastgood.state.rng import Rng
 from lastgood.state.weights import Coverage
 from lastgood.talk import say, warn
+from lastgood.target import Fresh, Target, resolve
 
 
 @dataclass(slots=True)
@@ -132,7 +132,7 @@ class Session:
         target = self.target
         if target is None or os.fspath(target.path) != os.fspath(path) or target.record is None or target.record.layout:
             return False
-        self.source = Source(target.path, target.record, self.options.allow_missing)
+        self.source = Source(target.path, target.record, allow=self.options.allow_missing)
         # Before the first tensor changes: a checkpoint that can't be restored as a whole isn't restored in part.
         self.source.require("optimizer", "scheduler", "rng", "progress")
         self.source.weights(model)
@@ -146,8 +146,8 @@ class Session:
         self.about = {
             "trainer": type(self.trainer).__mro__[1].__name__,
             "world_size": self.trainer.args.world_size,
-            "data": settings.data_facts(self.trainer.train_dataset),
-            **settings.model_facts(self.trainer.model),
+            "data": facts.data_facts(self.trainer.train_dataset),
+            **facts.model_facts(self.trainer.model),
         }
         if target is None:
             self.live.begin_fresh()
@@ -196,8 +196,8 @@ class Session:
         notes = list(target.notes)
         manifest = None if target.record is None else target.record.manifest
         if manifest is not None:
-            changed += settings.fact_changes(manifest.facts, self.facts())
-            changed += settings.version_changes(manifest.environment, settings.environment())
+            changed += facts.fact_changes(manifest.facts, self.facts())
+            changed += facts.version_changes(manifest.environment, facts.environment())
         if self.finished:
             notes.append(f"the run is finished (step {self.trainer.state.global_step}): nothing left to train")
         if target.record is not None and not target.own:
@@ -249,7 +249,7 @@ class Session:
                 trainer, staging, live=live, coverage=coverage, moment=moment, card=self.card
             ),
             estimate=capture.estimate(trainer, live, full=not trainer.args.save_only_model),
-            environment=settings.environment(),
+            environment=facts.environment(),
             arguments=self.arguments,
             facts=self.facts(),
         )
@@ -327,7 +327,7 @@ class Session:
             if name in found.damaged:
                 warn(f"load_best_model_at_end passed over {name}: {reason}")
         record = found.record
-        Source(self.live.root / record.name, record, self.options.allow_missing).weights(model)
+        Source(self.live.root / record.name, record, allow=self.options.allow_missing).weights(model)
         score = policy.metric_of(record, keep.monitor)
         say(f"loaded the best model: {record.name} ({keep.monitor} = {score})")
         if state.best_global_step not in (None, record.step) and state.best_metric != score:

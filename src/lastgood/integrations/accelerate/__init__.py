@@ -1,0 +1,1 @@
+"""Accelerate: what an Accelerator prepared and registered, as parts of a checkpoint."""

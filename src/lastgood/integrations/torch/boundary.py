@@ -1,0 +1,37 @@
+"""The end of a step: the one moment at which the parts of a run fit together. Later, whether they still do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lastgood.integrations.torch.exchange import Part
+from lastgood.integrations.torch.loader import Data
+from lastgood.integrations.torch.stamp import Stamp
+from lastgood.state import rng
+from lastgood.state.rng import Rng
+
+
+@dataclass(frozen=True, slots=True)
+class Boundary:
+    """step: so many are complete. rng: the generators then. stamps: by part, None if unknown."""
+
+    step: int
+    rng: Rng
+    stamps: Mapping[str, Stamp | None]
+
+    @classmethod
+    def here(cls, step: int, parts: Sequence[Part]) -> Boundary:
+        """The loop is between two steps now; where it stands in its data is noted, too."""
+        for part in parts:
+            if isinstance(part, Data):
+                part.mark()
+        return cls(step, rng.capture(), {part.name: part.stamp() for part in parts})
+
+    def moved(self, parts: Sequence[Part]) -> list[str]:
+        """Names of the parts that changed since, or of which nobody can tell: with them the step is lost.
+
+        Random numbers that were drawn and batches that were fetched are known from the boundary itself.
+        """
+        now = {part.name: part.stamp() for part in parts}
+        return [name for name, before in self.stamps.items() if before is None or now[name] != before]

@@ -1,0 +1,71 @@
+"""The part that is a data loader: where the loop stands in its data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lastgood.integrations.torch.exchange import Reading, Ready, Writing
+from lastgood.integrations.torch.stamp import Stamp
+from lastgood.state import rng
+from lastgood.state.stream import Mark, Stream, follow
+
+
+def followable(thing: Any) -> bool:
+    """Whether it is iterated for batches and can be followed: a DataLoader, or an iterable with a state of its own."""
+    stateful = hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")
+    return isinstance(thing, (Stream, torch.utils.data.DataLoader)) or (hasattr(thing, "__iter__") and stateful)
+
+
+@dataclass(slots=True)
+class Data:
+    """at: where the loop stood at the end of the last step, which is where a resume goes on."""
+
+    name: str
+    stream: Stream
+    at: Mark
+
+    @classmethod
+    def of(cls, name: str, loader: Any) -> Data:
+        stream = loader if isinstance(loader, Stream) else follow(loader)
+        return cls(name, stream, stream.mark())
+
+    @property
+    def epoch(self) -> float:
+        """Epochs that are complete, with the share of the one under way where the loader has a length."""
+        try:
+            length = len(self.stream.loader)
+        except TypeError:
+            length = 0
+        return self.stream.epoch + (self.stream.consumed / length if length else 0.0)
+
+    def mark(self) -> None:
+        """A step is complete."""
+        self.at = self.stream.mark()
+
+    def write(self, out: Writing) -> None:
+        if out.full:
+            out.put(self.name, self.stream.encode(self.at, out.tensors))
+
+    def prepare(self, source: Reading) -> Ready | None:
+        saved = source.get(self.name)
+        if saved is None:
+            return None
+        self.stream.check(saved)
+        tensors = source.saved.tensors
+        then = source.rng if source.rng is not None else rng.capture()
+
+        def ready() -> str:
+            told = self.stream.load(saved, tensors, then=then)
+            self.mark()
+            return "; ".join(text for _, text in told)
+
+        return ready
+
+    def estimate(self) -> int:
+        return 0
+
+    def stamp(self) -> Stamp:
+        return ()

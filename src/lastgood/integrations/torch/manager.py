@@ -1,0 +1,337 @@
+"""`lastgood.CheckpointManager`: checkpoints of a training loop that its user wrote."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from lastgood.errors import LastgoodError, NotSupported, Preempted, UsageError
+from lastgood.integrations.torch import restoring, writing
+from lastgood.integrations.torch.asking import Asking
+from lastgood.integrations.torch.boundary import Boundary
+from lastgood.integrations.torch.exchange import Part
+from lastgood.integrations.torch.loader import Data
+from lastgood.integrations.torch.metrics import Metrics, number
+from lastgood.integrations.torch.module import Model
+from lastgood.integrations.torch.options import Options
+from lastgood.integrations.torch.parts import Optimizer, Value, part
+from lastgood.manager import Manager
+from lastgood.model import Record, finite
+from lastgood.redact import masked
+from lastgood.report import Report
+from lastgood.state import facts, rng
+from lastgood.state.match import Match
+from lastgood.state.recorder import Recorder
+from lastgood.talk import say, warn
+from lastgood.target import Fresh, resolve
+
+
+class CheckpointManager:
+    """Saves, keeps and restores what a loop trains: `restore()` before it, `step()` in it, `close()` behind it.
+
+    root: the run's directory. parts: what a checkpoint holds, by name: models, optimizers, schedules, scalers, data
+    loaders, tokenizers, random generators, anything with state_dict() and load_state_dict(), or a dict, list, tensor
+    or array that is changed in place. The global random generators are always part of it.
+    accelerator: an accelerate.Accelerator; what it prepared and registered is part of it, as with its save_state.
+    options: see `lastgood.integrations.torch.options.Options`.
+
+    Raises UsageError for a wrong option or part, NotSupported for several processes.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], *, accelerator: Any = None, **options_and_parts: Any) -> None:
+        known = Options.__dataclass_fields__
+        chosen = {name: value for name, value in options_and_parts.items() if name in known}
+        given = {name: value for name, value in options_and_parts.items() if name not in known}
+        self.options = Options(**chosen)
+        _one_process()
+        if accelerator is not None:
+            from lastgood.integrations.accelerate import prepared
+
+            given = {**prepared.parts(accelerator, given), **given}
+        if not given:
+            raise UsageError(
+                "CheckpointManager was given nothing to save", hint="model=model, optimizer=optimizer, ..."
+            )
+        self.parts: list[Part] = [part(name, thing) for name, thing in given.items()]
+        _trains_what_is_saved(self.parts)
+        self.report: Report | None = None
+        self._run = Manager(
+            root=Path(root),
+            keep=self.options.keep,
+            on_error=self.options.on_error,
+            verify=self.options.verify,
+        )
+        self._asking = Asking(Path(root), self.options.triggers)
+        self._stack = ExitStack()
+        self._recorder = Recorder(on=self.options.trail)
+        self._boundary: Boundary | None = None
+        self._metrics = Metrics(self._run)
+        self._loss: Any = None
+        self._facts: dict[str, Any] = {}
+        self._arguments = {key: masked(key, value) for key, value in (self.options.arguments or {}).items()}
+
+    # ---- begin and end -------------------------------------------------------------------
+
+    def restore(
+        self,
+        start: Any = "auto",
+        *,
+        rename: Mapping[str, str] | None = None,
+        new: Sequence[str] = (),
+        gone: Sequence[str] = (),
+        cast: bool = False,
+    ) -> int:
+        """Put back the last good checkpoint of this run; returns the number of steps that are complete, 0 at first.
+
+        start: "auto" (the last good one, a fresh start if there is none), "last", "best", a step, the path of a
+        checkpoint, or False for a fresh start beside what is there.
+        rename, new, gone, cast: what may differ between the models of the run and those of the checkpoint, see
+        `lastgood.state.match.Match`; without them every tensor has to be the same one, proven by its digest.
+
+        Everything is looked at before anything is changed. Raises NoCheckpoint, CorruptCheckpoint, IncompleteRestore
+        or Incompatible, each with what to do.
+        """
+        if self._boundary is not None:
+            raise UsageError("restore() was called already", hint="one CheckpointManager serves one run of the loop")
+        match = Match(rename=rename or {}, new=new, gone=gone, cast=cast)
+        self._run.open(takeover=self.options.takeover)
+        self._stack.callback(self._run.close, "interrupted")
+        try:
+            step = self._begin(start, match)
+        except BaseException:
+            self._stack.close()
+            raise
+        return step
+
+    def _begin(self, start: Any, match: Match) -> int:
+        target = resolve(self._run, start, option="start", stock_too=False)
+        self._facts = {"front": "loop", **writing.facts(self.parts)}
+        if isinstance(target, Fresh):
+            if target.why:
+                say(target.why)
+            step, origin = 0, self._fresh(match)
+        else:
+            self.report, step = restoring.restore(self, target, match)
+            origin = target.path.name if target.record is None else target.record.id
+            say(str(self.report))
+        self._recorder.begin(self._run.root, run=self._run.run, start=step, checkpoint=origin)
+        self._stack.enter_context(self._asking.listening(step, self.epoch))
+        self._boundary = Boundary.here(step, self.parts)
+        return step
+
+    def _fresh(self, match: Match) -> str:
+        origin = ""
+        if self.options.init is not None:
+            origin, told = restoring.init(self, Path(self.options.init), match)
+            say(f"a new run with the weights of {self.options.init}: {told}")
+        self._run.begin_fresh()
+        return origin
+
+    def close(self) -> None:
+        """Save the last step, where anything but `save()` saves at all, and give the run back."""
+        if self._boundary is not None and self._run._lock is not None:
+            if self.options.triggers.any or self.options.save_best:
+                self._save_last(self._boundary, "the end of the loop")
+            self._recorder.flush()
+            self._run.retain()
+            self._run.close("finished")
+        self._stack.close()
+
+    def __enter__(self) -> CheckpointManager:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is None:
+            self.close()
+            return
+        try:
+            if isinstance(error, Preempted):
+                self._run.close("preempted")
+            elif not isinstance(error, LastgoodError):
+                self._rescue(error)
+        finally:
+            self._recorder.flush()
+            self._stack.close()
+
+    # ---- the loop ------------------------------------------------------------------------
+
+    def step(
+        self, step: int, loss: Any = None, *, grad_norm: Any = None, lr: float | None = None, **metrics: Any
+    ) -> None:
+        """So many steps are complete; called between two of them. Saves if that is due, for whatever reason.
+
+        loss, grad_norm: numbers or tensors, for the trail; a tensor isn't waited for. metrics: as for `record`.
+        Raises Preempted (a SystemExit with status 75) after the save that a SIGTERM or the time limit asked for.
+        """
+        before = self._running("step()")
+        if isinstance(step, bool) or not isinstance(step, int) or step < before.step:
+            raise UsageError(f"step({step!r}) after step({before.step}): steps are counted upwards", hint=_COUNT)
+        boundary = self._boundary = Boundary.here(step, self.parts)
+        self._loss = loss
+        if loss is not None:
+            self._recorder.loss(loss if isinstance(loss, torch.Tensor) else torch.tensor(float(loss)))
+        self._recorder.step(step, 1, grad_norm=grad_norm, lr=lr)
+        if metrics:
+            self._metrics.note(step, metrics, now=step)
+        leave, reasons = self._asking.stepped(step, self.epoch)
+        if reasons:
+            self._save(boundary, reasons)
+        if leave:
+            self._leave(leave)
+
+    def record(self, step: int, **metrics: Any) -> None:
+        """Attach metrics to the checkpoint of this step, whenever they arrive; they decide which one is the best.
+
+        Right behind `step()` of the same step the random generators are put back to where they were then: an
+        evaluation doesn't change what training goes on with, whether it was interrupted or not.
+        """
+        before = self._running("record()")
+        self._metrics.note(step, metrics, now=before.step)
+        if step == before.step:
+            rng.restore(before.rng)
+            if self.options.save_best and step not in self._run.saved and self._metrics.best(metrics):
+                self._save(before, ("the best so far",))
+            leave = self._asking.leave()
+            if leave:
+                if step not in self._run.saved:
+                    self._save(before, (leave,))
+                self._leave(leave)
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """What is done inside leaves the random generators as they were: for an evaluation that records nothing."""
+        before = rng.capture()
+        try:
+            yield
+        finally:
+            rng.restore(before)
+
+    def save(self, why: str = "asked for by the program") -> Record | None:
+        """Save the state behind the last `step()` now, unless it is saved already; None if that failed.
+
+        Raises UsageError where the parts have changed since: between two steps they fit together, elsewhere not.
+        """
+        boundary = self._running("save()")
+        moved = boundary.moved(self.parts)
+        if moved:
+            raise UsageError(
+                f"save() after {', '.join(moved)} changed since step({boundary.step})",
+                hint="call it right behind step(), or step() with the number of steps that are complete now",
+            )
+        return self._run.saved.get(boundary.step) or self._save(boundary, (why,))
+
+    def batches(self, name: str = "dataloader") -> Iterator[Any]:
+        """The batches of a loader without an end, epoch after epoch, from where the run stands."""
+        for item in self.parts:
+            if isinstance(item, Data) and item.name == name:
+                return item.stream.batches()
+        raise UsageError(f"there is no data loader called {name!r}", hint=f"CheckpointManager(..., {name}=loader)")
+
+    @property
+    def epoch(self) -> float:
+        """Epochs of the first loader that are complete, with the share of the one under way if its length is known."""
+        return next((item.epoch for item in self.parts if isinstance(item, Data)), 0.0)
+
+    @property
+    def run(self) -> Any:
+        """The run as `lastgood.open` shows it."""
+        from lastgood.run import open
+
+        return open(self._run.root)
+
+    def load_best(self) -> Record:
+        """Load the models of the best checkpoint into this run's, verified. Raises NoCheckpoint if there is none."""
+        found = self._run.find("best", full=False)
+        restoring.weights(self, self._run.root / found.record.name, found.record)
+        say(f"loaded the best model: {found.record.name}")
+        return found.record
+
+    # ---- inside --------------------------------------------------------------------------
+
+    def _running(self, what: str) -> Boundary:
+        if self._boundary is None or self._run._lock is None:
+            raise UsageError(
+                f"{what} {'after close()' if self._boundary is not None else 'before restore()'}",
+                hint="for step in range(ckpt.restore(), total): ...",
+            )
+        return self._boundary
+
+    def _save(self, boundary: Boundary, reasons: Sequence[str]) -> Record | None:
+        started = time.monotonic()
+        told = {"saved_because": "; ".join(reasons)}
+        loss = finite(number(self._loss))
+        if loss is not None:
+            told["loss"] = loss  # type: ignore[assignment]
+        self._recorder.flush()
+        record = self._run.save(
+            boundary.step,
+            lambda staging: writing.write(staging, self.parts, boundary, self.epoch),
+            estimate=sum(item.estimate() for item in self.parts),
+            environment=facts.environment(),
+            arguments=self._arguments,
+            facts={**self._facts, **told},
+        )
+        if record is not None:
+            self._recorder.saved(boundary.step, record.id)
+            self._metrics.saved(boundary.step)
+            self._run.retain()
+            self._asking.saved(boundary.step, self.epoch, time.monotonic() - started)
+        return record
+
+    def _leave(self, why: str) -> None:
+        assert self._boundary is not None
+        text = f"stopped at step {self._boundary.step} ({why})"
+        say(f"{text}; the same command continues")
+        raise Preempted(f"{text}; relaunch to continue")
+
+    def _rescue(self, error: BaseException) -> None:
+        """Training failed; whatever happens here, its error must not be hidden by another one."""
+        boundary = self._boundary
+        if boundary is not None and self._run._lock is not None:
+            try:
+                self._save_last(boundary, f"{type(error).__name__} after step {boundary.step}")
+            except Exception as failed:
+                warn(f"step {boundary.step} could not be saved ({failed})")
+
+    def _save_last(self, boundary: Boundary, why: str) -> None:
+        """Save the last step behind which everything fits together, if it can be shown that it still does."""
+        if boundary.step in self._run.saved or boundary.step <= self._asking.last.step:
+            return
+        moved = boundary.moved(self.parts)
+        if moved:
+            say(f"{why}: not saved, because {', '.join(moved)} changed since step {boundary.step}")
+        elif self._save(boundary, (why,)) is not None:
+            say(f"{why}: saved as step {boundary.step}")
+
+
+_COUNT = "for step in range(ckpt.restore(), total): train(); ckpt.step(step + 1)"
+
+
+def _one_process() -> None:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise NotSupported(
+            f"CheckpointManager can't save {distributed.get_world_size()} processes yet",
+            hint="train in one process; torch.distributed.checkpoint saves several, `lastgood import` reads it",
+        )
+
+
+def _trains_what_is_saved(parts: Sequence[Part]) -> None:
+    """Raise UsageError for an optimizer whose parameters no part holds: they would come back as they were built."""
+    held = {id(tensor) for item in parts if isinstance(item, Model) for tensor in item.live.values()}
+    held |= {id(item.value) for item in parts if isinstance(item, Value)}
+    for item in parts:
+        if isinstance(item, Optimizer):
+            lost = sum(id(p) not in held for group in item.optimizer.param_groups for p in group["params"])
+            if lost:
+                raise UsageError(
+                    f"{item.name} trains {lost} parameters that belong to none of the parts, so they wouldn't be saved",
+                    hint="hand over every model that is trained: CheckpointManager(..., model=model, head=head)",
+                )

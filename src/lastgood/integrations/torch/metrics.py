@@ -1,0 +1,60 @@
+"""Metrics that a loop records: of the step it is at, or of an earlier one whose checkpoint is still there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lastgood import policy
+from lastgood.manager import Manager
+from lastgood.model import finite
+from lastgood.talk import warn
+
+
+class Metrics:
+    """waiting: those of a step that isn't saved yet, and may be saved still."""
+
+    def __init__(self, run: Manager) -> None:
+        self._run = run
+        self._step = -1
+        self._waiting: dict[str, Any] = {}
+
+    def note(self, step: int, values: Mapping[str, Any], *, now: int) -> None:
+        """Attach them to the checkpoint of `step`; `now` is the step that the loop is at."""
+        plain = {name: number(value) for name, value in values.items()}
+        if step not in self._run.saved and step != now:
+            found = policy.at_step(self._run.records(), step)
+            if not found:
+                warn(f"record({step}): there is no checkpoint of step {step}; its metrics count for nothing")
+                return
+            self._run.saved[step] = found[0]
+        if step in self._run.saved:
+            self._run.record(step, plain)
+        else:
+            self._waiting = {**(self._waiting if self._step == step else {}), **plain}
+            self._step = step
+
+    def saved(self, step: int) -> None:
+        """There is a checkpoint of this step now."""
+        if self._step == step:
+            self._run.record(step, self._waiting)
+            self._step, self._waiting = -1, {}
+
+    def best(self, values: Mapping[str, Any]) -> bool:
+        """Whether they are better than those of every checkpoint."""
+        keep = self._run.keep
+        value = finite(number(values.get(keep.monitor or "")))
+        if keep.monitor is None or keep.mode is None or value is None:
+            return False
+        leader = policy.best(self._run.records(), keep.monitor, keep.mode)
+        if leader is None:
+            return True
+        known = leader.metrics[keep.monitor]
+        return value < known if keep.mode == "min" else value > known
+
+
+def number(value: Any) -> Any:
+    """A tensor of one element as a number; anything else as it is."""
+    return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value

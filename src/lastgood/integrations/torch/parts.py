@@ -1,0 +1,268 @@
+"""Parts that aren't models: optimizers, whatever has a state dict, generators, plain values, tokenizers."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from lastgood.errors import Incompatible, UsageError, wrong_type
+from lastgood.integrations.torch.exchange import Part, Reading, Ready, Writing
+from lastgood.integrations.torch.loader import Data, followable
+from lastgood.integrations.torch.module import Model
+from lastgood.integrations.torch.stamp import Stamp, leaves
+from lastgood.state import optimizer as optimizers
+from lastgood.state import tree
+
+RESERVED = frozenset({"base_model", "data", "extra", "format", "group", "lastgood", "progress"}) | frozenset(
+    {"rest", "resume", "rng", "state", "tensors"}
+)
+"""Names that mean something else in a checkpoint."""
+
+
+def part(name: str, thing: Any) -> Part:
+    """What `thing` is to a checkpoint. Raises UsageError for a name that can't be one, or a thing that has no state."""
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}", name) or name in RESERVED:
+        raise UsageError(
+            f"{name!r} can't name a part",
+            hint=f"use a word of letters, digits and _ such as 'ema'; taken are {', '.join(sorted(RESERVED))}",
+        )
+    if isinstance(thing, torch.nn.Module):
+        return Model(name, thing)
+    if isinstance(thing, torch.optim.Optimizer):
+        return Optimizer(name, thing)
+    if followable(thing):
+        return Data.of(name, thing)
+    if hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict"):
+        return Stateful(name, thing)
+    if isinstance(thing, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)):
+        return Generator(name, thing)
+    if hasattr(thing, "save_pretrained"):
+        return Files(name, thing)
+    if isinstance(thing, (dict, list, torch.Tensor, np.ndarray)):
+        return Value(name, thing)
+    raise wrong_type(
+        name,
+        thing,
+        "a model, an optimizer, a data loader, anything with state_dict() and load_state_dict(), a random generator,"
+        " a tokenizer, or a dict, list, tensor or array that is changed in place",
+    )
+
+
+@dataclass(slots=True)
+class Optimizer:
+    """By parameter name, so that a changed set of parameters is named and not guessed."""
+
+    name: str
+    optimizer: torch.optim.Optimizer
+    _steps: int = 0
+
+    def __post_init__(self) -> None:
+        # Before the step, not after it: one that fails half-way has changed something.
+        optimizers.plain(self.optimizer).register_step_pre_hook(self._begins)
+
+    def _begins(self, *_: Any) -> None:
+        self._steps += 1
+
+    def stamp(self) -> Stamp:
+        groups = optimizers.plain(self.optimizer).param_groups
+        rates = (value for group in groups for value in group.values() if isinstance(value, (int, float)))
+        return (self._steps, *rates)
+
+    @property
+    def _prefix(self) -> str:
+        return "" if self.name == "optimizer" else f"{self.name}."
+
+    def write(self, out: Writing) -> None:
+        if out.full:
+            values, tensors = optimizers.capture(self.optimizer, out.live, self._prefix)
+            out.put(self.name, values)
+            out.tensors |= tensors
+
+    def prepare(self, source: Reading) -> Ready | None:
+        saved = source.get(self.name)
+        if saved is None:
+            return None
+        if not source.match.exact:
+            saved = optimizers.renamed(self.optimizer, source.live, saved, source.match)
+        optimizers.fits(self.optimizer, source.live, saved)
+        own = tuple(self._prefix + word for word in ("state.", "group.", "rest"))
+        tensors = {name: tensor for name, tensor in source.saved.tensors.items() if name.startswith(own)}
+
+        def ready() -> str:
+            optimizers.restore(self.optimizer, source.live, saved, tensors)
+            return f"{type(optimizers.plain(self.optimizer)).__name__}, {len(saved['state'])} parameters"
+
+        return ready
+
+    def estimate(self) -> int:
+        entries = optimizers.plain(self.optimizer).state.values()
+        values = (value for entry in entries if isinstance(entry, Mapping) for value in entry.values())
+        return sum(value.numel() * value.element_size() for value in values if isinstance(value, torch.Tensor))
+
+
+@dataclass(slots=True)
+class Stateful:
+    """Anything with state_dict() and load_state_dict(): a schedule, a scaler, an average of weights."""
+
+    name: str
+    thing: Any
+
+    def write(self, out: Writing) -> None:
+        if out.full:
+            out.put(self.name, tree.encode(self.thing.state_dict(), out.tensors, self.name))
+
+    def prepare(self, source: Reading) -> Ready | None:
+        saved = source.get(self.name)
+        if saved is None:
+            return None
+        value = tree.decode(saved, _copies(source, self.name))
+
+        def ready() -> str:
+            self.thing.load_state_dict(value)
+            return type(self.thing).__name__
+
+        return ready
+
+    def estimate(self) -> int:
+        return 0
+
+    def stamp(self) -> Stamp | None:
+        return leaves(self.thing.state_dict())
+
+
+@dataclass(slots=True)
+class Generator:
+    """A random generator of the user's own, besides the global ones."""
+
+    name: str
+    generator: Any
+
+    def write(self, out: Writing) -> None:
+        if out.full:
+            out.put(self.name, {"kind": self._kind, "state": tree.encode(self.state(), out.tensors, self.name)})
+
+    @property
+    def _kind(self) -> str:
+        return f"{type(self.generator).__module__.partition('.')[0]}.{type(self.generator).__name__}"
+
+    def state(self) -> Any:
+        """As its library hands it out."""
+        generator = self.generator
+        if isinstance(generator, torch.Generator):
+            return generator.get_state()
+        if isinstance(generator, np.random.Generator):
+            return generator.bit_generator.state
+        if isinstance(generator, np.random.RandomState):
+            return generator.get_state(legacy=False)
+        return generator.getstate()
+
+    def prepare(self, source: Reading) -> Ready | None:
+        saved = source.get(self.name)
+        if saved is None:
+            return None
+        if saved.get("kind") != self._kind:
+            raise Incompatible(f"{self.name} was a {saved.get('kind')} when it was saved, it is a {self._kind} here")
+        state = tree.decode(saved["state"], _copies(source, self.name))
+
+        def ready() -> str:
+            if isinstance(self.generator, torch.Generator):
+                self.generator.set_state(state)
+            elif isinstance(self.generator, np.random.Generator):
+                self.generator.bit_generator.state = state
+            elif isinstance(self.generator, np.random.RandomState):
+                self.generator.set_state(state)
+            else:
+                self.generator.setstate(state)
+            return self._kind
+
+        return ready
+
+    def estimate(self) -> int:
+        return 0
+
+    def stamp(self) -> Stamp | None:
+        return leaves(self.state())
+
+
+@dataclass(slots=True)
+class Value:
+    """A dict, list, tensor or array; it is changed in place, so that whoever holds it sees what was restored."""
+
+    name: str
+    value: Any
+
+    def write(self, out: Writing) -> None:
+        if out.full:
+            out.put(self.name, tree.encode(self.value, out.tensors, self.name))
+
+    def prepare(self, source: Reading) -> Ready | None:
+        saved = source.get(self.name)
+        if saved is None:
+            return None
+        value = tree.decode(saved, _copies(source, self.name))
+        shape, here = getattr(value, "shape", None), getattr(self.value, "shape", None)
+        if type(value) is not type(self.value) or shape != here:
+            raise Incompatible(
+                f"{self.name} was a {_what(value)} when it was saved, it is a {_what(self.value)} here",
+                hint=f"hand over the same kind of object, or allow_missing=[{self.name!r}]",
+            )
+
+        def ready() -> str:
+            if isinstance(self.value, torch.Tensor):
+                with torch.no_grad():
+                    self.value.copy_(value)
+            elif isinstance(self.value, dict):
+                self.value.clear()
+                self.value.update(value)
+            elif isinstance(self.value, list):
+                self.value[:] = value
+            else:
+                self.value[...] = value
+            return _what(value)
+
+        return ready
+
+    def estimate(self) -> int:
+        value = self.value
+        return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else getattr(value, "nbytes", 0)
+
+    def stamp(self) -> Stamp | None:
+        return leaves(self.value)
+
+
+@dataclass(slots=True)
+class Files:
+    """A tokenizer or processor: its files go along with the weights, so that a checkpoint can be loaded whole."""
+
+    name: str
+    thing: Any
+
+    def write(self, out: Writing) -> None:
+        self.thing.save_pretrained(out.staging.path)
+        out.staging.adopt("model")
+
+    def prepare(self, source: Reading) -> Ready | None:
+        return lambda: f"{type(self.thing).__name__} is this run's own"
+
+    def estimate(self) -> int:
+        return 0
+
+    def stamp(self) -> Stamp:
+        return ()
+
+
+def _copies(source: Reading, name: str) -> dict[str, torch.Tensor]:
+    """Tensors of this part, for whoever keeps what it is given."""
+    found = source.saved.tensors
+    return {key: tensor.clone() for key, tensor in found.items() if key == name or key.startswith(f"{name}.")}
+
+
+def _what(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    return type(value).__name__ if shape is None else f"{type(value).__name__} of shape {tuple(shape)}"
