@@ -23,10 +23,10 @@ from lastgood.format.tensors import Tensor
 from lastgood.manager import Manager
 from lastgood.model import Record
 from lastgood.policy import Decision, Keep
-from lastgood.repo import pins
+from lastgood.repo import pins, poison
 from lastgood.repo.read import records
 from lastgood.repo.staging import Staging
-from lastgood.simulate import Event, Metrics, Moment, Pin, Resume, Retain, Save, simulate
+from lastgood.simulate import Event, Mark, Metrics, Moment, Pin, Resume, Retain, Save, simulate
 from lastgood.view import look
 
 VALUES = st.sampled_from([math.nan, math.inf, 1.0, 1.0, 2.0, 3.0]) | st.floats(0, 9)
@@ -60,10 +60,12 @@ ACTIONS = st.lists(
         st.tuples(st.just("metrics"), st.integers(0, 20), VALUES),
         st.tuples(st.just("resume"), st.integers(0, 20)),
         st.tuples(st.just("pin"), st.integers(0, 20)),
+        st.tuples(st.just("sick"), st.integers(1, 3), st.none() | VALUES, st.floats(-2, 40)),
+        st.tuples(st.just("mark"), st.integers(0, 20), st.booleans()),
         st.tuples(st.just("retain")),
     ),
     min_size=3,
-    max_size=14,
+    max_size=16,
 )
 
 
@@ -96,8 +98,12 @@ class Live:
 
     def act(self, what: str, *args: Any) -> None:
         own = [r for r in records(self.root) if r.ours]
-        if what in ("save", "weights"):
-            self.save(*args, full=what == "save")
+        if what in ("save", "weights", "sick"):
+            self.save(*args, full=what != "weights", sick="loss is nan" if what == "sick" else "")
+        elif what == "mark" and own:  # later than the save, of whatever is there; and healthy after all
+            step, reason = own[args[0] % len(own)].step, "found out later" if args[1] else ""
+            self.history.append(Mark(step, reason))
+            poison.mark(self.root, {policy.at_step(own, step)[0].id: reason})
         elif what == "retain":
             self.history.append(Retain())
             self.retain()
@@ -115,17 +121,22 @@ class Live:
             if full:
                 self.resume(full[args[0] % len(full)])
 
-    def save(self, further: int, value: float | None, pause: float, *, full: bool) -> None:
+    def save(self, further: int, value: float | None, pause: float, *, full: bool, sick: str = "") -> None:
         self.step, self.now, self.seed = max(1, self.step + further), self.now + pause, self.seed + 1
         with mock.patch("lastgood.manager.time.time", return_value=self.now):
             record = self.made.save(
-                self.step, stage(self.seed, full), estimate=1, environment={}, arguments={}, facts={}
+                self.step,
+                stage(self.seed, full),
+                estimate=1,
+                environment={},
+                arguments={},
+                facts={poison.FACT: sick} if sick else {},
             )
         assert record is not None and record.manifest is not None
         weights = sum(record.manifest.files[name].size for name in record.manifest.parts["model"])
         first = self.seed % 2 and value is not None  # evaluated before the save, as with save_strategy="best"
         known = both(value) if first and value is not None else {}
-        self.history.append(Save(self.step, record.size if full else None, weights, self.now, known))
+        self.history.append(Save(self.step, record.size if full else None, weights, self.now, known, sick))
         if known:
             self.made.record(self.step, known)
         self.retain()
@@ -192,7 +203,7 @@ def key(record: Record) -> tuple[int, int, bool]:
 def seen(record: Record) -> tuple[Any, ...]:
     metrics = {name: repr(value) for name, value in record.metrics.items()}
     lineage = record.manifest.lineage if record.manifest is not None else ()
-    return (*key(record), record.state, record.size, record.current, record.pinned, lineage, metrics)
+    return (*key(record), record.state, record.size, record.current, record.pinned, record.poisoned, lineage, metrics)
 
 
 def parents(found: Sequence[Record], numbers: dict[str, int]) -> list[int | None]:
@@ -248,6 +259,41 @@ def test_the_live_run_prune_and_the_simulation_agree(
     keep: Keep, actions: list[tuple[Any, ...]], by_rules: bool, by_command: bool
 ) -> None:
     play(keep, actions, by_rules=by_rules, by_command=by_command)
+
+
+SICK, SAVE = ("sick", 1, 0.5, 1.0), ("save", 1, 1.0, 1.0)
+
+
+def test_a_poisoned_one_takes_no_place_and_costs_no_healthy_one() -> None:
+    keep = Keep(last=1, best=1, full=1, monitor="eval_loss")
+    live = play(keep, [SAVE, SAVE, SICK, SICK, SICK])
+    names = [[r.name for r in left] for left in live.left]
+    assert names[-3:] == [["checkpoint-2", f"checkpoint-{n}"] for n in (3, 4, 5)], "the newest of them, for a look"
+    healthy = live.left[-1][0]
+    assert healthy.state == "full" and policy.latest(live.left[-1]) == policy.best(live.left[-1], "eval_loss", "min")
+    assert policy.latest(live.left[-1]) == healthy
+    live = play(keep, [SAVE, SAVE, SICK, SICK, SAVE])
+    assert [r.name for r in live.left[-1]] == ["checkpoint-5"], "a newer healthy one is there: they go"
+    (said,) = (d.reasons for d in live.decided[-1] if d.record.step == 4)
+    assert said == ("poisoned: loss is nan", "checkpoint-5 is newer and healthy")
+
+
+def test_a_policy_without_limits_deletes_no_poisoned_one_either_and_a_pinned_one_stays() -> None:
+    assert len(play(Keep(), [SAVE, SICK, SAVE, SICK, SAVE]).left[-1]) == 5
+    live = play(Keep(last=1), [SAVE, SICK, ("pin", 1), SAVE, SAVE])
+    assert [r.step for r in live.left[-1]] == [2, 4]
+
+
+def test_what_a_resume_from_before_it_left_behind_goes_with_the_next_healthy_save() -> None:
+    live = play(Keep(last=2), [SAVE, SICK, ("resume", 0), SAVE])
+    assert [(r.step, r.poisoned) for r in live.left[-1]] == [(1, ""), (2, "")]
+
+
+def test_marks_later_and_taken_back_count_from_the_next_retention_on() -> None:
+    save = ("save", 1, 1.0, 1.0)
+    live = play(Keep(last=1), [save, ("pin", 0), save, ("mark", 1, True), ("retain",), ("mark", 1, False), ("retain",)])
+    newest = [policy.latest(left) for left in live.left]
+    assert [record and record.step for record in newest] == [1, 2, 1, 2]
 
 
 def test_where_a_run_went_back_to_stays_until_something_newer_is_saved() -> None:

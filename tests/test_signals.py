@@ -15,7 +15,7 @@ import pytest
 from transformers import TrainerCallback
 
 import lastgood
-from lastgood.integrations.transformers.events import ECHO
+from lastgood.signals import ECHO
 
 import forked
 from training import Case, train

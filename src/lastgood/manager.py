@@ -18,7 +18,7 @@ from lastgood.errors import LastgoodError, NoCheckpoint, NotEnoughSpace, NotSupp
 from lastgood.model import Head, Record, Span, extend, going_on, next_seq
 from lastgood.policy import Keep
 from lastgood.recovery import UNADOPTED, first_good, in_order
-from lastgood.repo import bin, gc, journal, layout, metrics, verify
+from lastgood.repo import bin, gc, journal, layout, metrics, poison, verify
 from lastgood.repo.commit import commit
 from lastgood.repo.lock import RunLock
 from lastgood.repo.quarantine import quarantine
@@ -111,10 +111,10 @@ class Manager:
         write_policy(self.root, self.keep.options())
         journal.append(self.root, "resumed", step=record.step, id=record.id, left=[r.name for r in left])
 
-    def close(self, event: str = "closed") -> None:
-        """Give the run back. Safe to call twice."""
+    def close(self, event: str = "closed", **facts: str) -> None:
+        """Give the run back. Safe to call twice. facts: for the journal, beside the event."""
         if self._lock is not None:
-            journal.append(self.root, event, run=self.run)
+            journal.append(self.root, event, run=self.run, **facts)
             self._lock.release()
             self._lock = None
 
@@ -194,6 +194,24 @@ class Manager:
         except OSError as error:
             warn(f"the metrics of step {step} could not be written ({error}); they don't count for best")
 
+    def poison(self, first: int, reason: str) -> tuple[Record, ...]:
+        """Mark what this process saved at step `first` and later: its state was unhealthy already. Returns those.
+
+        A mark that can't be written is a warning: training goes on, and the next save carries its own.
+        """
+        there = {record.id: record for record in self.records() if record.ours and not record.poisoned}
+        sick = [r for step, r in self.saved.items() if step >= first and r.id in there]
+        if not sick:
+            return ()
+        try:
+            poison.mark(self.root, {record.id: reason for record in sick})
+        except (OSError, LastgoodError) as error:
+            warn(f"{', '.join(r.name for r in sick)} could not be marked as poisoned ({error})")
+            return ()
+        for record in sick:
+            journal.append(self.root, "poisoned", step=record.step, id=record.id, reason=reason)
+        return tuple(sick)
+
     def _still_ours(self) -> None:
         if self._lock is not None and not self._lock.still_held():
             raise RunLocked(
@@ -264,7 +282,8 @@ class Manager:
         listing = "".join(f"\n  {name}: {reason}" for name, reason in skipped)
         raise NoCheckpoint(
             f"{self.root} has no good checkpoint for {what!r}{listing}",
-            hint="resume_from_checkpoint='auto' takes the newest good one, False starts afresh",
+            hint="resume_from_checkpoint='auto' takes the newest good one, False starts afresh"
+            + ("; a poisoned one is taken if its step or path is named" if any(r.poisoned for r in everything) else ""),
         )
 
     def quarantine(self, names: tuple[str, ...]) -> None:

@@ -85,12 +85,18 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     current: bool = True  # on the branch that the run is on now
     pinned: tuple[str, ...] = ()  # names that hold it: pins and tags
     problem: str = ""  # for incomplete and foreign: what was seen
+    poisoned: str = ""  # why its state is unhealthy (NaN, a loss that blew up); "" for a good one
     layout: str = ""  # whose files these are, see Manifest
 
     @property
     def ours(self) -> bool:
         """Written by this run, and readable: what retention, latest and best range over."""
         return self.state in ("full", "weights")
+
+    @property
+    def good(self) -> bool:
+        """Ours, on the current branch and not poisoned: what latest, best and the places of a policy range over."""
+        return self.ours and self.current and not self.poisoned
 
     @property
     def seq(self) -> int:

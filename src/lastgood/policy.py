@@ -146,12 +146,12 @@ def metric_of(record: Record, monitor: str) -> float | None:
 
 
 def ranking(records: Sequence[Record], monitor: str, mode: Mode) -> tuple[Record, ...]:
-    """The current branch's checkpoints with a finite metric, best first.
+    """The current branch's healthy checkpoints with a finite metric, best first.
 
     Of equals the newer comes first: it has seen more data, and resuming from it redoes less.
     """
     sign = 1.0 if mode == "min" else -1.0
-    valued = [(metric_of(record, monitor), record) for record in records if record.current and record.ours]
+    valued = [(metric_of(record, monitor), record) for record in records if record.good]
     ranked = sorted((sign * value, -record.seq, record.name, record) for value, record in valued if value is not None)
     return tuple([entry[3] for entry in ranked])
 
@@ -162,14 +162,15 @@ def best(records: Sequence[Record], monitor: str, mode: Mode) -> Record | None:
 
 
 def latest(records: Sequence[Record]) -> Record | None:
-    """The newest full checkpoint of the current branch: what a recovery uses."""
-    full = [record for record in records if record.state == "full" and record.current]
+    """The newest full checkpoint of the current branch that isn't poisoned: what a recovery uses."""
+    full = [record for record in records if record.state == "full" and record.good]
     return max(full, key=lambda record: record.seq, default=None)
 
 
 def all_stay(records: Sequence[Record], keep: Keep) -> bool:
     """Whether `decide` surely keeps every one of them as it is; False where that isn't plain at a glance.
 
+    Only for records of which none is poisoned.
     Cheap: the decisions over a run that keeps a thousand checkpoints would take the square of that.
     """
     count = len(records)
@@ -186,6 +187,8 @@ def settled(record: Record, keep: Keep) -> bool:
 
     Where checkpoints are ranked every one of them counts, unless no rule deletes any.
     """
+    if record.poisoned:
+        return keep.unlimited
     if keep.full is not None and record.state == "full":
         return False
     ranked = keep.monitor is not None or keep.total is not None
@@ -200,7 +203,7 @@ def at_step(records: Sequence[Record], step: int) -> tuple[Record, ...]:
 
 def decide(records: Sequence[Record], keep: Keep, *, protect: Collection[str] = ()) -> tuple[Decision, ...]:
     """One decision per record, in the order given. `protect`: ids that stay as they are (a mapping gives reasons)."""
-    mine = sorted([r for r in records if r.current and r.ours], key=lambda r: -r.seq)
+    mine = sorted([r for r in records if r.good], key=lambda r: -r.seq)
     ranked = ranking(mine, keep.monitor, keep.mode) if keep.monitor is not None and keep.mode is not None else ()
     wanted = _wanted(mine, ranked, keep)
     newest_full = latest(mine)
@@ -211,7 +214,12 @@ def decide(records: Sequence[Record], keep: Keep, *, protect: Collection[str] = 
     ranks = {record.name: rank for rank, record in enumerate(ranked, 1)}
     stays_full = {record.name for record in stay[: keep.full]}
     decisions = []
+    successor = newest_full or next(iter(mine), None)
+    last_sick = max((r.seq for r in records if r.poisoned and r.ours and r.current), default=0)
     for record in records:
+        if record.poisoned and record.ours:
+            decisions.append(_poisoned(record, keep, _held(record, protect), successor, last_sick))
+            continue
         if not record.ours or not record.current:
             decisions.append(Decision(record, "keep", (_not_ours(record),)))
             continue
@@ -297,6 +305,23 @@ def _wanted(mine: Sequence[Record], ranked: Sequence[Record], keep: Keep) -> dic
                 f"{place} of {keep.total} in all ({kind}{score})",
             )
     return {name: tuple(texts) for name, texts in reasons.items()}
+
+
+def _poisoned(record: Record, keep: Keep, held: tuple[str, ...], successor: Record | None, last_sick: int) -> Decision:
+    """It takes no place among those that are kept, and goes as soon as a good one is there that is newer.
+
+    Until then the newest of them stays for a look: a run that has diverged must not fill the disk with its wreckage.
+    """
+    why = f"poisoned: {record.poisoned}"
+    if held:
+        return Decision(record, "keep", (*held, why))
+    if keep.unlimited:
+        return Decision(record, "keep", (why, "no limit is set"))
+    if successor is not None and successor.seq > record.seq:
+        return Decision(record, "delete", (why, f"{successor.name} is newer and healthy"))
+    if record.current and record.seq < last_sick:
+        return Decision(record, "delete", (why, "a newer one of these is there for a look"))
+    return Decision(record, "keep", (why, "no newer one is healthy yet"))
 
 
 def _held(record: Record, protect: Collection[str]) -> tuple[str, ...]:

@@ -104,7 +104,7 @@ def proven(
     while True:
         newest = policy.latest([d.record for d in decisions])
         if weights_alone:  # save_only_model: the newest is all there is to go on from
-            own = [d.record for d in decisions if d.record.ours and d.record.current]
+            own = [d.record for d in decisions if d.record.good]
             newest = max(own, key=lambda record: record.seq, default=None)
         if newest is None:
             raise Refused("no full checkpoint is good: nothing is deleted", hint="`lastgood verify --full` says why")
@@ -128,14 +128,14 @@ def _with(view: View, name: str, record: Record) -> View:
 
 def last_good(view: View, *, full: bool) -> Record | None:
     """The newest full checkpoint that passes verification: what a recovery would really use."""
-    own = sorted((r for r in view.records if r.ours and r.current and r.state == "full"), key=lambda r: -r.seq)
+    own = sorted((r for r in view.records if r.good and r.state == "full"), key=lambda r: -r.seq)
     return next((record for record in own if not view.problems(record, full=full)), None)
 
 
 def changed(view: View) -> list[str]:
-    """Names of the checkpoints whose pins, tags or metrics aren't those of the view any more."""
-    now = {record.name: (record.id, record.pinned, record.metrics) for record in records(view.root)}
-    return [r.name for r in view.native if now.get(r.name) != (r.id, r.pinned, r.metrics)]
+    """Names of the checkpoints whose pins, tags, metrics or marks aren't those of the view any more."""
+    now = {r.name: (r.id, r.pinned, r.metrics, r.poisoned) for r in records(view.root)}
+    return [r.name for r in view.native if now.get(r.name) != (r.id, r.pinned, r.metrics, r.poisoned)]
 
 
 def ranks(view: View, monitor: str) -> None:

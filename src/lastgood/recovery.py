@@ -41,7 +41,7 @@ def in_order(
 
     Raises NoCheckpoint for "best" without a metric.
     """
-    if what == "last":
+    if what == "last":  # poisoned ones among them: `first_good` says why it passes them over
         return tuple(sorted((r for r in found if r.ours and r.current), key=lambda r: -r.seq))
     if what == "best":
         if monitor is None or mode is None:
@@ -63,13 +63,17 @@ def first_good(
     """The first candidate without problems; those behind it aren't read.
 
     problems: verifies one. weights: why one that holds the weights alone won't do; "" if it will. fall_back: go on to
-    the next where one is damaged; not where a step was named, for another state than that must not be handed out.
+    the next where one is damaged or poisoned; not where a step was named, for another state than that must not be
+    handed out, and who names a poisoned one gets it.
     """
     skipped: list[tuple[str, str]] = []
     damaged: list[str] = []
     for record in candidates:
         if weights and record.state == "weights":
             skipped.append((record.name, weights))
+            continue
+        if record.poisoned and fall_back:
+            skipped.append((record.name, f"poisoned: {record.poisoned}"))
             continue
         faults = problems(record)
         if not faults:

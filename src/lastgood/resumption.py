@@ -30,7 +30,10 @@ def choose(view: View, start: str, *, full: bool) -> tuple[Record | None, list[t
         own = in_order(view.records, "last")
         skipped += [(r.name, _WEIGHTS) for r in own if r.state == "weights"]
         candidates = [r for r in own if r.state == "full"]
-    choice = first_good(candidates, lambda record: view.problems(record, full=full), weights=_WEIGHTS)
+    named = start not in (*LAST, "best")
+    choice = first_good(
+        candidates, lambda record: view.problems(record, full=full), weights=_WEIGHTS, fall_back=not named
+    )
     skipped += choice.skipped
     record = choice.record
     if record is None:

@@ -38,7 +38,7 @@ RUN = "0" * 16
 class Save:
     """A checkpoint is written. full_bytes: all of it, None if it holds the weights alone. created: in seconds.
 
-    values: metrics that are known by then, because the evaluation came first.
+    values: metrics that are known by then, because the evaluation came first. poisoned: what the guard saw by then.
     """
 
     step: int
@@ -46,6 +46,7 @@ class Save:
     weights_bytes: int
     created: float = 0.0
     values: Mapping[str, float] = field(default_factory=dict)
+    poisoned: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +73,19 @@ class Pin:
 
 
 @dataclass(frozen=True, slots=True)
+class Mark:
+    """The guard, or somebody, marks the checkpoint of this step that is still there as poisoned; "": as healthy."""
+
+    step: int
+    poisoned: str
+
+
+@dataclass(frozen=True, slots=True)
 class Retain:
     """The policy is applied without a save, as at the end of training."""
 
 
-Event = Save | Metrics | Resume | Pin | Retain
+Event = Save | Metrics | Resume | Pin | Mark | Retain
 
 
 @dataclass(frozen=True)
@@ -138,6 +147,8 @@ def moments(
             run.record(event)
         elif isinstance(event, Resume):
             run.resume(event.step)
+        elif isinstance(event, Mark):
+            run.mark(event)
         else:
             run.pin(event)
 
@@ -156,12 +167,15 @@ class _Run:
     step: int = 0
     saved: dict[int, str] = field(default_factory=dict)  # step -> id, of this life
     settled: int = 0  # so many of the oldest stay as they are for good
+    sick: bool = False  # whether any was ever poisoned
 
     @classmethod
     def from_disk(cls, keep: Keep, there: tuple[Record, ...], head: Head | None) -> _Run:
         """With what is there already; saves go on from the end of the branch in force."""
+        sick = any(record.poisoned for record in there)
         size = sum([record.size for record in there])
-        return cls(keep, placed(there, head), size, head, lineage_in_force(there, head), next_seq(there, head))
+        way, number = lineage_in_force(there, head), next_seq(there, head)
+        return cls(keep, placed(there, head), size, head, way, number, sick=sick)
 
     def save(self, event: Save) -> None:
         id = f"{self.next:08x}" * 2  # the first 8 digits tell displaced names apart
@@ -170,6 +184,8 @@ class _Run:
         name = checkpoint_name(event.step)
         state: State = "full" if manifest.full else "weights"
         new = Record(name=name, step=event.step, state=state, manifest=manifest, metrics=event.values)
+        if event.poisoned:
+            new, self.sick = msgspec.structs.replace(new, poisoned=event.poisoned), True
         if self.head is None and (not self.disk or self.disk[-1].step < event.step):
             self.disk = (*self.disk, new)  # a run that never went back has one branch, and is in order already
         else:
@@ -184,7 +200,7 @@ class _Run:
     def retain(self) -> Moment:
         before, peak = self.disk, self.bytes
         moment = partial(Moment, self.step, before, peak=peak, keep=self.keep, head=self.head)
-        if policy.all_stay(before, self.keep):
+        if not self.sick and policy.all_stay(before, self.keep):
             return moment(records=before, bytes=peak)
         settled, open_ = self._settled()
         decisions = _decide(open_, self.keep, self.head)
@@ -223,6 +239,14 @@ class _Run:
         if not record.current or any(r.current and r.seq > record.seq for r in self.disk):
             self.head = Head(run=RUN, lineage=self.lineage, next=self.next)
         self.disk = placed(self.disk, self.head)
+
+    def mark(self, event: Mark) -> None:
+        record = next(iter(policy.at_step(self.disk, event.step)), None)
+        if record is None:
+            raise NoCheckpoint(f"there is no checkpoint of step {event.step} to mark at that moment")
+        marked = msgspec.structs.replace(record, poisoned=event.poisoned)
+        self.disk = tuple(marked if r is record else r for r in self.disk)
+        self.sick, self.settled = True, 0
 
     def pin(self, event: Pin) -> None:
         record = next(iter(policy.at_step(self.disk, event.step)), None)

@@ -14,6 +14,7 @@ from lastgood.model import Record
 from lastgood.repo import verify
 from lastgood.repo.layout import HIDDEN, step_of
 from lastgood.repo.read import records
+from lastgood.talk import warn
 
 SUPPORTED = "True, 'auto', 'last', 'best', a step, a path of a checkpoint, False or None"
 
@@ -99,7 +100,8 @@ def _own(manager: Manager, what: Any, *, full: bool = True) -> Target:
     manager.quarantine(found.damaged)
     path = manager.root / found.record.name
     if not found.record.layout:
-        return Target(path=path, record=found.record, own=True, skipped=found.skipped)
+        notes = _loudly(found.record)
+        return Target(path=path, record=found.record, own=True, skipped=found.skipped, notes=notes)
     lost = stock.lacking(path)
     if found.record.layout != "trainer" or lost:
         raise NotSupported(
@@ -107,7 +109,17 @@ def _own(manager: Manager, what: Any, *, full: bool = True) -> Target:
             + (f": {lost}" if lost else ""),
             hint="resume it with the set-up that wrote it, or name another checkpoint",
         )
-    return Target(path=path, record=found.record, own=True, skipped=found.skipped, notes=(_ADOPTED_NOTE,))
+    return Target(
+        path=path, record=found.record, own=True, skipped=found.skipped, notes=(_ADOPTED_NOTE, *_loudly(found.record))
+    )
+
+
+def _loudly(record: Record) -> tuple[str, ...]:
+    """Who names a poisoned checkpoint gets it, and is told."""
+    if not record.poisoned:
+        return ()
+    warn(f"{record.name} is POISONED ({record.poisoned}); it is resumed from because it was named")
+    return (f"POISONED: {record.poisoned}",)
 
 
 def _stock_auto(manager: Manager, old: list[stock.Stock]) -> Target:
@@ -140,7 +152,7 @@ def _path(manager: Manager, path: Path, option: str) -> Target:
     faults = verify.problems(path.parent, record, full=manager.verify == "full")
     if faults:
         raise CorruptCheckpoint(f"{path} is damaged: {'; '.join(faults[:3])}", hint=f"{option}='auto'")
-    return Target(path=path, record=record, own=same_run and record.ours)
+    return Target(path=path, record=record, own=same_run and record.ours, notes=_loudly(record))
 
 
 def _stock_path(path: Path) -> Target:

@@ -129,6 +129,8 @@ def foot(path: Path, head: Mapping[str, Any], rows: Sequence[Row], shown: Sequen
     if any(row["best"] for row in rows):
         better = "lower" if head["mode"] == "min" else "higher"
         notes.append(f"* best {text.plain(str(head['monitor']))} ({better} is better)")
+    if any(row["poisoned"] for row in rows):
+        notes.append("poisoned ones are passed over by a resume, and never the best: `lastgood bisect` says more")
     if any(row["state"] == "incomplete" for row in rows):
         notes.append("incomplete ones are passed over by a resume: `lastgood resume --check` says more")
     return notes

@@ -38,6 +38,8 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "doctor": ("doctor", "What is wrong, what it means, how to fix it"),
         "resume": ("resume", "Which checkpoint a run would resume from, and why"),
         "run": ("run", "Run a training command, and relaunch it after crashes"),
+        "save": ("save", "Ask a run that is training for a checkpoint now"),
+        "bisect": ("bisect", "Find the last healthy checkpoint, mark the others"),
     },
     "Space": {
         "plan": ("plan", "What a run will put onto the disk, before it starts"),

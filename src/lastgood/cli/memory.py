@@ -21,7 +21,7 @@ from lastgood.store import local
 
 FROM = 500
 """A run with fewer checkpoints is read anew every time."""
-VERSION = 1
+VERSION = 2
 
 Listing = tuple[list[dict[str, Any]], dict[str, Any]]
 
@@ -72,7 +72,17 @@ def _state(root: Path, names: list[str], key: str) -> bytes:
     base = os.fspath(root)
     marks: list[Any] = [VERSION, __version__, key, base]
     # Whoever records a metric touches the directory of the metrics.
-    for name in ("", "journal.jsonl", "pins.json", "notes.json", "head.json", "run.json", "policy.json", "metrics"):
+    own = (
+        "journal.jsonl",
+        "pins.json",
+        "notes.json",
+        "poisoned.json",
+        "head.json",
+        "run.json",
+        "policy.json",
+        "metrics",
+    )
+    for name in ("", *own):
         marks.append(_mark(os.path.join(base, HIDDEN, name)))
     lstat = os.lstat
     for name in sorted(names):

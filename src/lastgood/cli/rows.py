@@ -53,6 +53,7 @@ def _row(
         "metrics": dict(record.metrics),
         "best": record is best,
         "state": record.state,
+        "poisoned": record.poisoned or None,
         "layout": record.layout or ("lastgood" if record.id else None),
         "size": record.size if manifest is not None else None,
         "tags": list(record.pinned),
@@ -64,6 +65,8 @@ def _row(
 def _why(record: Record, reasons: Sequence[str]) -> list[str]:
     if record.state in ("incomplete", "foreign"):
         return [record.problem]
+    if record.poisoned and record.ours:
+        return [f"poisoned: {record.poisoned}", *(["on a branch that was left"] if not record.current else [])]
     if record.ours and not record.current and record.id:
         return ["on a branch that was left"]
     short = [reason.partition(": what a recovery")[0] for reason in reasons if reason != "no limit is set"]
@@ -87,7 +90,7 @@ def deleted(path: Path, there: set[Any], monitor: str | None) -> list[dict[str, 
             reasons, when = event.get("reasons"), saved.get(id, {}).get("time")
             rows.append(
                 {
-                    **dict.fromkeys(("seq", "parent", "size", "train", "note"), None),
+                    **dict.fromkeys(("seq", "parent", "size", "train", "note", "poisoned"), None),
                     "step": event["step"],
                     "name": record.name,
                     "id": id,

@@ -16,13 +16,14 @@ from lastgood.errors import NoCheckpoint, RunLocked, UsageError
 from lastgood.model import TRAINERS, Record
 from lastgood.pruning import Scope, plan
 from lastgood.recovery import UNADOPTED
-from lastgood.repo import gc
+from lastgood.repo import gc, journal
 from lastgood.repo.adopt import adopt
 from lastgood.repo.lock import RunLock
 from lastgood.repo.quarantine import quarantine
 from lastgood.resumption import choose, continued
 from lastgood.supervise import Limits, supervise
 from lastgood.talk import say
+from lastgood.triggers import seconds
 from lastgood.view import View, look
 
 RULES = ("last", "best", "every", "total", "full")
@@ -34,6 +35,7 @@ RULES = ("last", "best", "every", "total", "full")
 @click.option("--max-restarts", default=10, metavar="N", help="Crashes in a row without progress (default: 10).")
 @click.option("--backoff", default=5.0, metavar="S", help="Seconds before a relaunch, doubled each time (default: 5).")
 @click.option("--grace", default=60.0, metavar="S", help="Seconds between SIGTERM and SIGKILL (default: 60).")
+@click.option("--time-limit", metavar="TIME", help="Stop in time before so long is over, all launches together: 3h30m.")
 @click.option("--keep-last", "last", type=int, metavar="N", help="Of a stock Trainer's checkpoints keep the newest N,")
 @click.option("--keep-best", "best", type=int, metavar="N", help="... and the best N by --monitor,")
 @click.option("--keep-every", "every", type=int, metavar="K", help="... and those at multiples of K steps,")
@@ -42,14 +44,21 @@ RULES = ("last", "best", "every", "total", "full")
 @click.option("--monitor", metavar="METRIC", help="What best means.")
 @click.option("--mode", type=click.Choice(["min", "max"]), help="Whether a lower or a higher value is better.")
 def run(
-    root: str | None, command: tuple[str, ...], max_restarts: int, backoff: float, grace: float, **rules: Any
+    root: str | None,
+    command: tuple[str, ...],
+    max_restarts: int,
+    backoff: float,
+    grace: float,
+    time_limit: str | None,
+    **rules: Any,
 ) -> None:
     """Run a training command with no change to its code, and relaunch it after a crash or a preemption.
 
     `{checkpoint}` in its arguments becomes the newest good checkpoint, checked; before there is one, the argument and
     its option are left out. The environment has the path as LASTGOOD_RESUME. Exit 75, 143 and SIGTERM count as a
     preemption and are relaunched at once, other failures after a wait. What a crash left half-written is put into
-    quarantine first. With --keep-..., finished checkpoints of a stock Trainer are adopted and pruned as it goes on.
+    quarantine first. A run that was stopped by `lastgood save --stop`, or whose time is over, isn't launched again.
+    With --keep-..., finished checkpoints of a stock Trainer are adopted and pruned as it goes on.
 
     \b
     lastgood -C out run --keep-last 2 -- python train.py --output_dir out --resume_from_checkpoint {checkpoint}
@@ -66,9 +75,21 @@ def run(
         choose=lambda: _choose(alone()),
         progress=lambda: max((r.step for r in _view(path).records if r.state == "full"), default=-1),
         tidy=_tidier(alone, wanted),
-        limits=Limits(restarts=max_restarts, backoff=backoff, grace=grace),
+        limits=Limits(restarts=max_restarts, backoff=backoff, grace=grace, seconds=seconds("--time-limit", time_limit)),
+        enough=lambda since: _enough(path, since),
     )
     raise click.exceptions.Exit(code)
+
+
+def _enough(path: Path, since: float) -> str:
+    """Why a managed run that has just left with 75 isn't to be launched again: it says so in its journal."""
+    last = next((e for e in reversed(journal.read(path)) if e.get("event") == "preempted"), None)
+    if last is None or not isinstance(last.get("time"), (int, float)) or last["time"] < since:
+        return ""
+    return {
+        "request": "stopped by `lastgood save --stop`, not launched again",
+        "limit": "its time limit is near, not launched again",
+    }.get(str(last.get("by")), "")
 
 
 def _directory(root: str | None) -> Path:

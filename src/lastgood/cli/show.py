@@ -103,6 +103,7 @@ def _content(view: View, record: Record) -> dict[str, Any]:
         "current": record.current,
         "created": manifest.created if manifest is not None else None,
         "problem": record.problem or None,
+        "poisoned": record.poisoned or None,
         "metrics": dict(record.metrics),
         "tags": list(record.pinned),
         "note": view.notes.get(record.id),
@@ -122,6 +123,8 @@ def _card(view: View, record: Record, style: Style, found: list[dict[str, Any]])
     out = [click.style(text.plain(record.name), bold=True)]
     named = f", {', '.join(map(text.plain, record.pinned))}" if record.pinned else ""
     out.append(f"  state      {record.state}{named}" + (f": {text.plain(record.problem)}" if record.problem else ""))
+    if record.poisoned:
+        out.append(f"  {click.style('poisoned', fg='red')}   {text.plain(record.poisoned)}")
     if record.layout:
         out.append(f"  written by {text.plain(record.layout)}" + (" (adopted)" if record.id else ""))
     if manifest is None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from lastgood.errors import Conflict
 from lastgood.format import manifest as codec
-from lastgood.model import FORMAT, Manifest, Record, Span, checkpoint_name, on_lineage
-from lastgood.repo import journal
+from lastgood.model import FORMAT, Manifest, Record, Span, State, checkpoint_name, on_lineage
+from lastgood.repo import journal, poison
 from lastgood.repo.read import records
 from lastgood.repo.staging import Staging, explained
 from lastgood.store import local
@@ -57,7 +57,8 @@ def commit(
         raise Conflict(
             f"{root / name} was written by somebody else at the same moment", hint="run one writer at a time"
         )
-    return Record(name=name, step=step, state="full" if manifest.full else "weights", manifest=manifest)
+    state: State = "full" if manifest.full else "weights"
+    return Record(name=name, step=step, state=state, manifest=manifest, poisoned=poison.reason(manifest, {}))
 
 
 def _publish(source: Path, target: Path) -> None:

@@ -58,7 +58,7 @@ class RunLock:
                 holder = self.holder()
                 if time.monotonic() > deadline or not _dead(holder):
                     raise RunLocked(
-                        f"{self._root} is being written by {_describe(holder)}",
+                        f"{self._root} is being written by {described(holder)}",
                         hint="wait for it or stop it; lastgood.manage(trainer, takeover=True) fences it off",
                     ) from None
                 time.sleep(0.1)
@@ -103,7 +103,16 @@ class RunLock:
         self.release()
 
 
-def _describe(holder: dict[str, Any]) -> str:
+def at_work(root: Path) -> dict[str, Any]:
+    """What the process that holds the run wrote about itself; {} if nobody does, as far as that can be told.
+
+    Looks without taking the lock for a moment: a training that starts just then would find it taken, and give up.
+    """
+    holder = RunLock(root).holder()
+    return {} if not holder or _dead(holder) else holder
+
+
+def described(holder: dict[str, Any]) -> str:
     if not holder:
         return "another process"
     try:

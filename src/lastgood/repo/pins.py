@@ -72,7 +72,7 @@ def write(root: Path, pins: Mapping[str, tuple[str, ...]]) -> None:
 
 def add(root: Path, id: str, name: str) -> str | None:
     """Give a checkpoint one more name; returns the id that had it before, from which it is taken."""
-    with _alone(root):
+    with alone(root):
         pins = readable(root)
         before = next((other for other, names in pins.items() if name in names), None) if name != PIN else None
         if before is not None:
@@ -84,7 +84,7 @@ def add(root: Path, id: str, name: str) -> str | None:
 
 def remove(root: Path, id: str, name: str) -> bool:
     """Take a name away; False if the checkpoint didn't have it."""
-    with _alone(root):
+    with alone(root):
         pins = readable(root)
         names = pins.get(id, ())
         if name not in names:
@@ -104,14 +104,14 @@ def read_notes(root: Path) -> dict[str, str]:
 
 def write_note(root: Path, id: str, text: str) -> None:
     """Replace the note of a checkpoint; an empty one removes it."""
-    with _alone(root):
+    with alone(root):
         notes = {**read_notes(root), id: text}
         content = json.dumps({key: value for key, value in notes.items() if value}, indent=1)
         local.replace(hidden(root, NOTES), f"{content}\n".encode())
 
 
 @contextmanager
-def _alone(root: Path) -> Iterator[None]:
+def alone(root: Path) -> Iterator[None]:
     """Two people who tag at the same moment must not lose one of the tags. Not the run's lock: training goes on."""
     from filelock import FileLock, Timeout  # reading needs none of it
 
@@ -120,4 +120,6 @@ def _alone(root: Path) -> Iterator[None]:
         with lock:
             yield
     except Timeout:
-        raise RunLocked(f"somebody else is changing the names in {root}", hint="try again in a moment") from None
+        raise RunLocked(
+            f"somebody else is changing the names or marks in {root}", hint="try again in a moment"
+        ) from None

@@ -16,7 +16,7 @@ from pathlib import Path
 from lastgood.errors import CorruptCheckpoint
 from lastgood.format import manifest as codec
 from lastgood.model import Manifest, Record, placed
-from lastgood.repo import metrics, pins
+from lastgood.repo import metrics, pins, poison
 from lastgood.repo.layout import step_of
 from lastgood.repo.run import read_head, read_run
 from lastgood.store import local
@@ -31,9 +31,10 @@ def records(root: Path, *, outline: bool = False) -> tuple[Record, ...]:
     outline: leave out arguments and environment, for listings; never write such a manifest back.
     """
     run, held, base = identify(root), held_by(root), os.fspath(root)
+    marked = poison.marks(root)
     decode = codec.outline if outline else codec.decode
     found = [
-        _record(root, f"{base}/{name}", name, step, run, held, decode)
+        _record(root, f"{base}/{name}", name, step, run, held, marked, decode)
         for name in local.folders(root)
         if (step := step_of(name)) is not None
     ]
@@ -60,6 +61,7 @@ def _record(
     step: int,
     run: str | None,
     held: Mapping[str, tuple[str, ...]],
+    marked: Mapping[str, str],
     decode: Callable[[bytes, str], Manifest],
 ) -> Record:
     try:
@@ -89,6 +91,7 @@ def _record(
         manifest=manifest,
         metrics=metrics.read(root, manifest.id),
         pinned=held.get(manifest.id, ()),
+        poisoned=poison.reason(manifest, marked),
         layout=manifest.layout,
     )
 

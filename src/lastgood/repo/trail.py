@@ -28,7 +28,7 @@ class Entry(msgspec.Struct, frozen=True):
     """One optimizer step. loss: the mean that the Trainer would log for it; grad_norm: before clipping.
 
     batch: 16 hex digits over all its micro-batches as the data loader gave them; lr: the learning rate it was made
-    with. None, or "" for the batch: not known.
+    with. None, or "" for the batch: not known. skipped: a loss scaler threw its gradients away.
     """
 
     step: int
@@ -37,6 +37,7 @@ class Entry(msgspec.Struct, frozen=True):
     grad_norm: float | None = None
     batch: str = ""
     lr: float | None = None
+    skipped: bool = False
 
 
 class Life(msgspec.Struct, frozen=True, kw_only=True):
@@ -141,6 +142,7 @@ def _line(entry: Entry) -> dict[str, Any]:
         "step": entry.step,
         **{name: _plain(value) for name, value in numbers.items() if value is not None},
         **({"batch": entry.batch} if entry.batch else {}),
+        **({"skipped": True} if entry.skipped else {}),
     }
 
 
@@ -157,6 +159,7 @@ def _entry(line: Mapping[str, Any], life: int, step: int) -> Entry:
         grad_norm=number(line.get("grad_norm")),
         batch=batch if isinstance(batch, str) else "",
         lr=number(line.get("lr")),
+        skipped=line.get("skipped") is True,
     )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lastgood.health import Sample
 from lastgood.repo import trail
 from lastgood.repo.trail import Entry
 from lastgood.state.batch import Batches
@@ -20,16 +21,25 @@ AT_LATEST = 100
 
 @dataclass(slots=True)
 class Recorder:
-    """on: whether anything is recorded. What can't be written is lost, said once, and training goes on."""
+    """on: whether anything is written down. What can't be written is lost, said once, and training goes on.
+
+    hear: whoever else wants to know how the steps were (the guard), whether they are written down or not.
+    """
 
     on: bool = False
+    hear: Callable[[Sequence[Sample]], None] | None = None
     batches: Batches = field(default_factory=Batches)
     warned: bool = False
     _root: Path | None = None
     _life: int = 0
     _last: int = 0  # step that was recorded last
     _loss: torch.Tensor | None = None  # of the step under way, so far
-    _waiting: list[tuple[int, Any, Any, float | None, str]] = field(default_factory=list)
+    _waiting: list[tuple[int, Any, Any, float | None, str, bool]] = field(default_factory=list)
+
+    @property
+    def heard(self) -> bool:
+        """Whether anybody wants to know."""
+        return self.on or self.hear is not None
 
     def begin(self, root: Path, *, run: str, start: int, checkpoint: str) -> None:
         """Training begins after step `start`, from this checkpoint ("" for none)."""
@@ -44,34 +54,40 @@ class Recorder:
 
     def loss(self, value: Any) -> None:
         """The loss of one micro-batch, scaled as the Trainer adds it up."""
-        if self.on and isinstance(value, torch.Tensor):
+        if self.heard and isinstance(value, torch.Tensor):
             value = value.detach() if value.requires_grad else value
             # A copy: a captured graph writes its next result into the same memory.
             self._loss = value.clone() if self._loss is None else self._loss + value
 
-    def step(self, step: int, batches: int, *, grad_norm: Any, lr: Any) -> None:
-        """A step was made of so many micro-batches. Nothing happens if it is known already."""
-        if not self.on or step <= self._last:
+    def step(self, step: int, batches: int, *, grad_norm: Any, lr: Any, skipped: bool = False) -> None:
+        """A step was made of so many micro-batches. Nothing happens if it is known already.
+
+        skipped: a loss scaler threw its gradients away.
+        """
+        if not self.heard or step <= self._last:
             return
         rate = float(lr) if isinstance(lr, (int, float)) else None
-        self._waiting.append((step, self._loss, grad_norm, rate, self.batches.take(batches)))
+        self._waiting.append((step, self._loss, grad_norm, rate, self.batches.take(batches), skipped))
         self._last, self._loss = step, None
         if len(self._waiting) >= AT_LATEST:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is waiting."""
+        """Write what is waiting, and tell whoever listens."""
         waiting, self._waiting = self._waiting, []
-        if not waiting or self._root is None or not self.on:
+        if not waiting or self._root is None or not self.heard:
             return
         try:
             losses = numbers([entry[1] for entry in waiting])
             norms = numbers([entry[2] for entry in waiting])
             entries = [
-                Entry(step, self._life, loss, norm, batch, lr)
-                for (step, _, _, lr, batch), loss, norm in zip(waiting, losses, norms, strict=True)
+                Entry(step, self._life, loss, norm, batch, lr, skipped)
+                for (step, _, _, lr, batch, skipped), loss, norm in zip(waiting, losses, norms, strict=True)
             ]
-            trail.append(self._root, entries)
+            if self.hear is not None:
+                self.hear([Sample(entry.step, entry.loss, entry.grad_norm, entry.skipped) for entry in entries])
+            if self.on:
+                trail.append(self._root, entries)
         except (OSError, RuntimeError) as error:  # RuntimeError: the device has failed, which is told by others
             self._lost(error)
 

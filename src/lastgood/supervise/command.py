@@ -28,12 +28,19 @@ class Limits:
     backoff_max: float = 300.0
     grace: float = 60.0
     """Seconds between SIGTERM and SIGKILL."""
+    seconds: float | None = None
+    """Seconds for everything together, all launches: the command is told, and asked to stop `grace` before the end."""
 
     def __post_init__(self) -> None:
-        for name in ("restarts", "preemptions", "backoff", "backoff_max", "grace"):
+        for name in ("restarts", "preemptions", "backoff", "backoff_max", "grace", "seconds"):
             value = getattr(self, name)
             if value is not None and not (0 <= value < math.inf):
                 raise UsageError(f"{name} must be 0 or more, not {value!r}")
+        if self.seconds is not None and self.seconds <= self.grace:
+            raise UsageError(
+                f"a time limit of {self.seconds:g} s leaves nothing before the {self.grace:g} s of grace",
+                hint="a longer one, or a shorter --grace",
+            )
 
 
 @dataclass(frozen=True)

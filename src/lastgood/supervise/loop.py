@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from lastgood.deadline import END
 from lastgood.errors import LastgoodError, NotSupported, UsageError
 from lastgood.supervise.command import PLACE, Launch, Limits, described, fill
 from lastgood.supervise.processes import GUARD, alive, children, gone, subreaper
@@ -34,6 +35,7 @@ def supervise(
     progress: Callable[[], int],
     tidy: Callable[[bool], None],
     limits: Limits,
+    enough: Callable[[float], str] = lambda since: "",
     poll: float = 2.0,
     environment: Mapping[str, str] | None = None,
     output: IO[bytes] | None = None,
@@ -43,6 +45,7 @@ def supervise(
     choose: the verified checkpoint to resume from, None if there is none yet; asked before each launch.
     progress: the newest complete step, -1 without one.
     tidy: called now and then while the command runs (False), and after it ended (True).
+    enough: why a command that was preempted isn't launched again; gets when it was launched, in seconds since 1970.
     environment: what the command finds in its own besides ours. output: where its stdout and stderr go; None: to ours.
     """
     if not command or PLACE in command[0]:
@@ -54,7 +57,9 @@ def supervise(
             "only the main thread can supervise a command, because signals arrive there",
             hint="call supervise() from the main thread, or use `lastgood run`",
         )
-    supervisor = _Supervisor(command, choose, progress, tidy, limits, poll, environment or {}, output)
+    end = {} if limits.seconds is None else {END: f"{time.time() + limits.seconds:.3f}"}
+    told = {**end, **(environment or {})}
+    supervisor = _Supervisor(command, choose, progress, tidy, limits, enough, poll, told, output)
     with supervisor.listening(), supervisor.guarded():
         return supervisor.run()
 
@@ -66,6 +71,7 @@ class _Supervisor:
     progress: Callable[[], int]
     tidy: Callable[[bool], None]
     limits: Limits
+    enough: Callable[[float], str]
     poll: float
     environment: Mapping[str, str]
     output: IO[bytes] | None
@@ -74,6 +80,7 @@ class _Supervisor:
     group: int = 0  # of the command that runs
     stop: int = 0  # the signal that asked to stop
     deadline: float = math.inf  # then the command is killed
+    end: float = math.inf  # then it is asked to stop: its time is over
     hangup: bool = False
     interrupts: int = 0
     warned: set[str] = field(default_factory=set)
@@ -151,12 +158,16 @@ class _Supervisor:
 
     def run(self) -> int:
         crashes = preemptions = 0
+        if self.limits.seconds is not None:
+            self.end = time.monotonic() + max(0.0, self.limits.seconds - self.limits.grace)
         self.newest = self._look()
         while True:
+            if time.monotonic() >= self.end:
+                return self._over("the time limit is over", 75)
             checkpoint = None if self.stop else self.choose()
             if self.stop:
                 return self._stopped(None)
-            started = self.newest
+            started, wall = self.newest, time.time()
             status, seconds = self._launch(checkpoint)
             self.newest = max(started, self._look())
             reason = self._reason(status, seconds, self.newest > started)
@@ -176,6 +187,8 @@ class _Supervisor:
                 warn(f"{ended}: {self.command[0]}, or a command that it runs, is {why}; not tried again")
                 return status
             if reason == "preempted":
+                if why := self.enough(wall):
+                    return self._over(f"{ended}: {why}", status)
                 preemptions += 1
                 if self.limits.preemptions is not None and preemptions > self.limits.preemptions:
                     return self._over(f"{ended}: preempted {preemptions} times, no more restarts", status)
@@ -257,7 +270,10 @@ class _Supervisor:
         due = time.monotonic() + 5 * self.poll
         while (status := child.poll()) is None:
             now = time.monotonic()
-            if now >= self.deadline:
+            if now >= self.end and not self.stop:
+                say("the time limit is near: asked to stop")
+                self._note(signal.SIGTERM, None)
+            elif now >= self.deadline:
                 warn(f"still running {self.limits.grace:g} s after the request to stop: killed")
                 self._forward(signal.SIGKILL)
                 self.deadline = math.inf
@@ -265,7 +281,8 @@ class _Supervisor:
                 self._try_tidy(False)
                 due = time.monotonic() + 5 * self.poll
             else:
-                self._sleep(min(self.poll, self.deadline - now, max(0.0, due - now) if not self.stop else self.poll))
+                soon = self.deadline if self.stop else min(self.deadline, self.end, due)
+                self._sleep(min(self.poll, max(0.0, soon - now)))
         return status
 
     def _clear(self) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from lastgood.errors import LastgoodError, NotSupported, Preempted, UsageError
+from lastgood.guard import Guard
 from lastgood.integrations.torch import restoring, writing
-from lastgood.integrations.torch.asking import Asking
 from lastgood.integrations.torch.boundary import Boundary
 from lastgood.integrations.torch.exchange import Part
 from lastgood.integrations.torch.loader import Data
@@ -24,9 +24,11 @@ from lastgood.integrations.torch.options import Options
 from lastgood.integrations.torch.parts import Optimizer, Value, part
 from lastgood.manager import Manager
 from lastgood.model import Record, finite
+from lastgood.occasions import Occasions
 from lastgood.redact import masked
 from lastgood.report import Report
 from lastgood.state import facts, rng
+from lastgood.state.finite import not_finite
 from lastgood.state.match import Match
 from lastgood.state.recorder import Recorder
 from lastgood.talk import say, warn
@@ -68,12 +70,14 @@ class CheckpointManager:
             on_error=self.options.on_error,
             verify=self.options.verify,
         )
-        self._asking = Asking(Path(root), self.options.triggers)
+        self._occasions = Occasions(self.options.triggers)
+        self._guard = Guard(on=self.options.guard == "mark", not_finite=self._not_finite)
         self._stack = ExitStack()
-        self._recorder = Recorder(on=self.options.trail)
+        self._recorder = Recorder(self.options.trail, self._guard.hear if self._guard.on else None)
         self._boundary: Boundary | None = None
         self._metrics = Metrics(self._run)
         self._loss: Any = None
+        self._began = 0
         self._facts: dict[str, Any] = {}
         self._arguments = {key: masked(key, value) for key, value in (self.options.arguments or {}).items()}
 
@@ -122,7 +126,10 @@ class CheckpointManager:
             origin = target.path.name if target.record is None else target.record.id
             say(str(self.report))
         self._recorder.begin(self._run.root, run=self._run.run, start=step, checkpoint=origin)
-        self._stack.enter_context(self._asking.listening(step, self.epoch))
+        self._stack.enter_context(self._occasions.listening())
+        self._occasions.begin(self._run.root, step, self.epoch)
+        self._guard.begin(self._run, origin)
+        self._began = step
         self._boundary = Boundary.here(step, self.parts)
         return step
 
@@ -153,7 +160,7 @@ class CheckpointManager:
             return
         try:
             if isinstance(error, Preempted):
-                self._run.close("preempted")
+                self._run.close("preempted", by=self._occasions.by)
             elif not isinstance(error, LastgoodError):
                 self._rescue(error)
         finally:
@@ -180,11 +187,11 @@ class CheckpointManager:
         self._recorder.step(step, 1, grad_norm=grad_norm, lr=lr)
         if metrics:
             self._metrics.note(step, metrics, now=step)
-        leave, reasons = self._asking.stepped(step, self.epoch)
+        reasons = self._occasions.look(step, self.epoch)
         if reasons:
             self._save(boundary, reasons)
-        if leave:
-            self._leave(leave)
+        if self._occasions.leave:
+            self._leave(boundary)
 
     def record(self, step: int, **metrics: Any) -> None:
         """Attach metrics to the checkpoint of this step, whenever they arrive; they decide which one is the best.
@@ -198,11 +205,9 @@ class CheckpointManager:
             rng.restore(before.rng)
             if self.options.save_best and step not in self._run.saved and self._metrics.best(metrics):
                 self._save(before, ("the best so far",))
-            leave = self._asking.leave()
-            if leave:
-                if step not in self._run.saved:
-                    self._save(before, (leave,))
-                self._leave(leave)
+            if self._occasions.stopping(step):
+                self._leave(before)
+            self._occasions.resumes()
 
     @contextmanager
     def apart(self) -> Iterator[None]:
@@ -255,6 +260,9 @@ class CheckpointManager:
 
     # ---- inside --------------------------------------------------------------------------
 
+    def _not_finite(self) -> str:
+        return next(filter(None, (not_finite(item.module) for item in self.parts if isinstance(item, Model))), "")
+
     def _running(self, what: str) -> Boundary:
         if self._boundary is None or self._run._lock is None:
             raise UsageError(
@@ -270,26 +278,28 @@ class CheckpointManager:
         if loss is not None:
             told["loss"] = loss  # type: ignore[assignment]
         self._recorder.flush()
+        self._guard.judge(self._run)
         record = self._run.save(
             boundary.step,
             lambda staging: writing.write(staging, self.parts, boundary, self.epoch),
             estimate=sum(item.estimate() for item in self.parts),
             environment=facts.environment(),
             arguments=self._arguments,
-            facts={**self._facts, **told},
+            facts={**self._facts, **told, **self._guard.facts()},
         )
+        self._occasions.saved(boundary.step, time.monotonic() - started, self.epoch)
         if record is not None:
             self._recorder.saved(boundary.step, record.id)
             self._metrics.saved(boundary.step)
             self._run.retain()
-            self._asking.saved(boundary.step, self.epoch, time.monotonic() - started)
         return record
 
-    def _leave(self, why: str) -> None:
-        assert self._boundary is not None
-        text = f"stopped at step {self._boundary.step} ({why})"
-        say(f"{text}; the same command continues")
-        raise Preempted(f"{text}; relaunch to continue")
+    def _leave(self, boundary: Boundary) -> None:
+        if boundary.step not in self._run.saved and boundary.step > self._began:
+            self._save(boundary, (self._occasions.leave,))
+        why = self._occasions.parting(boundary.step)
+        say(f"{why}; the same command continues")
+        raise Preempted(f"{why}; relaunch to continue")
 
     def _rescue(self, error: BaseException) -> None:
         """Training failed; whatever happens here, its error must not be hidden by another one."""
@@ -302,7 +312,7 @@ class CheckpointManager:
 
     def _save_last(self, boundary: Boundary, why: str) -> None:
         """Save the last step behind which everything fits together, if it can be shown that it still does."""
-        if boundary.step in self._run.saved or boundary.step <= self._asking.last.step:
+        if boundary.step in self._run.saved or boundary.step <= self._began:
             return
         moved = boundary.moved(self.parts)
         if moved:

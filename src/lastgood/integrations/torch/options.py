@@ -25,6 +25,8 @@ class Options:
     arguments: hyperparameters to write down (secrets are masked) and to compare at a restore.
     takeover: write to the run although another process holds it (that one is fenced off).
     trail: write down loss, gradient norm, learning rate and a hash of the data of every step.
+    guard: "mark" a checkpoint whose numbers are poisoned (NaN, a loss that jumped and stays up), so that nothing is
+        resumed from it or rotated onto it, or "off".
     """
 
     keep: Keep = field(default_factory=Keep)
@@ -40,13 +42,18 @@ class Options:
     arguments: Mapping[str, Any] | None = None
     takeover: bool = False
     trail: bool = True
+    guard: Literal["mark", "off"] = "mark"
 
     def __post_init__(self) -> None:
         if not isinstance(self.keep, Keep):
             raise wrong_type(
                 "keep", self.keep, "a lastgood.Keep, for instance Keep(last=2, best=3, monitor='eval_loss')"
             )
-        for name, allowed in (("on_error", ("warn", "raise")), ("verify", ("full", "quick"))):
+        for name, allowed in (
+            ("on_error", ("warn", "raise")),
+            ("verify", ("full", "quick")),
+            ("guard", ("mark", "off")),
+        ):
             if getattr(self, name) not in allowed:
                 raise wrong_type(name, getattr(self, name), " or ".join(repr(value) for value in allowed))
         for name in ("save_best", "takeover", "trail"):

@@ -1,16 +1,12 @@
-"""The callback that tells a session where the training loop is, and the signal that asks it to stop."""
+"""The callback that tells a session where the training loop is, and asks for the saves that are due besides its own."""
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from transformers.trainer_callback import TrainerCallback
+
+from lastgood.talk import say
 
 if TYPE_CHECKING:
     from lastgood.integrations.transformers.session import Session
@@ -26,51 +22,26 @@ class Events(TrainerCallback):
         self.session.training_begins()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.session.where = "step"
-        if self.session.stop.requested:
-            control.should_save = control.should_save or args.save_strategy != "no"
-            control.should_training_stop = True
+        session, occasions = self.session, self.session.occasions
+        session.where = "step"
+        if session.proving is not None:
+            control.should_training_stop = control.should_training_stop or bool(occasions.stopping(state.global_step))
+            return
+        reasons = occasions.look(state.global_step, state.epoch or 0.0)
+        if reasons and (not self._saves_nothing(args) or occasions.by == "request" or not occasions.leave):
+            if not control.should_save:
+                say(f"saving at step {state.global_step}: {'; '.join(reasons)}")
+            control.should_save = session.owed = True
+        control.should_training_stop = control.should_training_stop or bool(occasions.leave)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.session.where = "epoch"
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.session.stop.requested:
+        if self.session.occasions.active and self.session.occasions.stopping(state.global_step):
             self.session.stop_inside_evaluation()
 
-
-ECHO = 1.0
-"""Seconds in which a second SIGTERM is the same request: a service manager signals the launcher and every process of
-it, and the launcher passes its own on."""
-
-
-class StopRequest:
-    """SIGTERM, noted: the handler sets a flag and nothing else. A second one, later, ends the process at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self.since = 0.0
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Listen while training; the handler that was there before comes back afterwards."""
-        self.requested = False
-        if threading.current_thread() is not threading.main_thread():
-            yield  # Python delivers signals to the main thread alone
-            return
-        before = signal.getsignal(signal.SIGTERM)
-        owner = os.getpid()
-
-        def note(number: int, frame: Any) -> None:
-            if self.requested and os.getpid() == owner and time.monotonic() - self.since < ECHO:
-                return
-            if self.requested or os.getpid() != owner:  # a forked data worker must die as it always did
-                signal.signal(number, before if callable(before) else signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-            self.requested, self.since = True, time.monotonic()
-
-        signal.signal(signal.SIGTERM, note)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+    def _saves_nothing(self, args: Any) -> bool:
+        """save_strategy="no", and no trigger: a preemption doesn't save then; who asks for a save gets one."""
+        triggers = self.session.occasions.triggers
+        return args.save_strategy == "no" and not triggers.any and triggers.time_limit is None

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from lastgood.errors import UsageError, wrong_type
 from lastgood.policy import Keep, known_mode
+from lastgood.triggers import Triggers
 
 MISSABLE = frozenset({"optimizer", "scheduler", "rng", "scaler", "data", "progress", "base_model", "callbacks"})
 """What `allow_missing` may name: every part but the weights, and the frozen base under an adapter."""
@@ -23,6 +24,10 @@ class Options:
     data_skip: how a resume gets past the batches already trained on; "auto" reads them again only where
         loading may draw random numbers in worker processes, "fast" never does, "replay" always.
     takeover: write to the run although another process holds it (that one is fenced off).
+    save_seconds: save as well when so much time ("30m", 1800) has gone by since the last save.
+    time_limit: how long this process may run ("3h30m", seconds from its start): shortly before it is over the run saves
+        and leaves with status 75. None takes what `lastgood run --time-limit` or Slurm says; math.inf: no limit.
+    guard: "mark" marks checkpoints whose state is unhealthy (NaN, a loss that blew up), "off" doesn't look.
     trail: write down loss, gradient norm and a hash of the data of every step (`lastgood doctor --prove` needs it).
     """
 
@@ -33,6 +38,9 @@ class Options:
     hyperparameters: Literal["saved", "new"] = "saved"
     data_skip: Literal["auto", "fast", "replay"] = "auto"
     takeover: bool = False
+    save_seconds: float | str | None = None
+    time_limit: float | str | None = None
+    guard: Literal["mark", "off"] = "mark"
     trail: bool = True
 
     def __post_init__(self) -> None:
@@ -45,6 +53,7 @@ class Options:
             ("verify", ("full", "quick")),
             ("hyperparameters", ("saved", "new")),
             ("data_skip", ("auto", "fast", "replay")),
+            ("guard", ("mark", "off")),
         ):
             if getattr(self, name) not in allowed:
                 raise wrong_type(name, getattr(self, name), " or ".join(repr(value) for value in allowed))
@@ -53,6 +62,12 @@ class Options:
                 raise wrong_type(name, getattr(self, name), "True or False")
         if isinstance(self.allow_missing, str) or not set(self.allow_missing) <= MISSABLE:
             raise wrong_type("allow_missing", self.allow_missing, f"a list of names out of {sorted(MISSABLE)}")
+        assert self.triggers is not None  # raises what is wrong with the times
+
+    @property
+    def triggers(self) -> Triggers:
+        """What brings a save besides the Trainer's own arguments."""
+        return Triggers.of(save_seconds=self.save_seconds, time_limit=self.time_limit)
 
 
 def retention(options: Options, args: Any) -> Keep:

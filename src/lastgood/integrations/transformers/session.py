@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,19 +14,22 @@ import torch
 
 from lastgood import policy
 from lastgood.errors import NoCheckpoint, Preempted
+from lastgood.guard import Guard
 from lastgood.integrations.transformers import capture, settings
-from lastgood.integrations.transformers.events import Events, StopRequest
+from lastgood.integrations.transformers.events import Events
 from lastgood.integrations.transformers.options import Options, retention
 from lastgood.integrations.transformers.outlook import look_ahead
 from lastgood.integrations.transformers.proving import Proving
 from lastgood.integrations.transformers.restore import Source
 from lastgood.manager import Manager
 from lastgood.model import Record, finite
+from lastgood.occasions import Occasions
 from lastgood.repo import after, journal
 from lastgood.report import Change, Report
 from lastgood.state import facts, rng
 from lastgood.state.data import Tracker
 from lastgood.state.fingerprint import live_tensors
+from lastgood.state.finite import not_finite
 from lastgood.state.recorder import Recorder
 from lastgood.state.rng import Rng
 from lastgood.state.weights import Coverage
@@ -39,7 +43,8 @@ class Session:
 
     trainer: Any
     options: Options
-    stop: StopRequest = field(default_factory=StopRequest)
+    occasions: Occasions = field(default_factory=Occasions)
+    guard: Guard = field(default_factory=Guard)
     report: Report | None = None
     manager: Manager | None = None
     target: Target | None = None
@@ -57,6 +62,7 @@ class Session:
     evaluating: Rng | None = None  # inside an evaluation: the generators as they were before it
     unsaved_metrics: dict[int, Mapping[str, Any]] = field(default_factory=dict)
     changed: list[Change] = field(default_factory=list)
+    owed: bool = False  # a save that somebody asked for, at this step
     saved_step: int = -1
     saved_rows: int = 0  # of the Trainer's log, at that save
     card: dict[str, bytes] = field(default_factory=dict)
@@ -96,7 +102,7 @@ class Session:
                 raise NoCheckpoint(f"there is no checkpoint to prove in {self.manager.root}")
             if isinstance(found, Fresh) and found.why:
                 say(found.why)
-            with self.stop.listening():
+            with self.occasions.listening():
                 yield None if self.target is None else os.fspath(self.target.path)
             event = "finished"
         except Preempted:
@@ -104,14 +110,17 @@ class Session:
             raise
         finally:
             self.recorder.flush()
-            self.manager.close(event)
+            self.manager.close(event, **({"by": self.occasions.by} if event == "preempted" else {}))
 
     def _reset(self) -> None:
         self.target = self.source = self.coverage = self.report = None
-        self.recorder = Recorder(on=self.options.trail or self.proving is not None)
+        self.occasions = Occasions(self.options.triggers)
+        guarded = self.options.guard == "mark" and self.proving is None
+        self.guard = Guard(on=guarded, not_finite=lambda: not_finite(self.trainer.model))
+        self.recorder = Recorder(self.options.trail or self.proving is not None, self.guard.hear if guarded else None)
         self.tracker = Tracker(self.recorder.batches if self.recorder.on else None)
         self.finished, self.caught_up, self.evaluate, self.evaluating = False, True, False, None
-        self.where, self.saved_step, self.planned = "step", -1, False
+        self.where, self.saved_step, self.planned, self.owed = "step", -1, False, False
         self.unsaved_metrics, self.changed, self.card = {}, [], {}
 
     @property
@@ -170,6 +179,9 @@ class Session:
 
     def training_begins(self) -> None:
         """The Trainer has set its loss window to zero: put back what was in it, then report."""
+        state, record = self.trainer.state, None if self.target is None else self.target.record
+        self.occasions.begin(self.live.root, state.global_step, state.epoch or 0.0)
+        self.guard.begin(self.live, "" if record is None else record.id)
         progress = {} if self.source is None else self.source.resume.get("progress", {})
         if progress and not self.finished:
             window = progress["loss_window"]
@@ -217,9 +229,11 @@ class Session:
         """The loop is behind an optimizer step, or asks once more at the end of the epoch."""
         trainer, control = self.trainer, self.trainer.control
         batches = getattr(trainer, "current_gradient_accumulation_steps", 1)
-        self.recorder.step(trainer.state.global_step, batches, grad_norm=grad_norm, lr=lr)
+        skipped = bool(trainer.accelerator.optimizer_step_was_skipped)
+        self.recorder.step(trainer.state.global_step, batches, grad_norm=grad_norm, lr=lr, skipped=skipped)
         if control.should_log or control.should_save:
             self.recorder.flush()
+            self.guard.judge(self.live)
         if self.proved:
             control.should_evaluate = control.should_save = False
 
@@ -243,6 +257,7 @@ class Session:
             rng=self.evaluating if self.evaluating is not None else rng.capture(),
             position=self.tracker.position(consumed),
         )
+        begun = time.monotonic()
         record = self.live.save(
             step,
             lambda staging: capture.write(
@@ -251,8 +266,10 @@ class Session:
             estimate=capture.estimate(trainer, live, full=not trainer.args.save_only_model),
             environment=facts.environment(),
             arguments=self.arguments,
-            facts=self.facts(),
+            facts={**self.facts(), **self.guard.facts()},
         )
+        self.owed = False
+        self.occasions.saved(step, time.monotonic() - begun, trainer.state.epoch or 0.0)
         if record is None:
             return None
         self.recorder.saved(step, record.id)
@@ -292,8 +309,9 @@ class Session:
     def preempted(self) -> None:
         """Leave the process with exit status 75 instead of returning as if training were done."""
         self.trainer.is_in_train = False
-        say(f"stopped by SIGTERM at step {self.trainer.state.global_step}; the same command continues")
-        raise Preempted(f"stopped by SIGTERM at step {self.trainer.state.global_step}; relaunch to continue")
+        why = self.occasions.parting(self.trainer.state.global_step)
+        say(f"{why}; the same command continues")
+        raise Preempted(f"{why}; relaunch to continue")
 
     # ---- best ----------------------------------------------------------------------------
 
@@ -305,12 +323,7 @@ class Session:
 
     def _set_best(self, records: Sequence[Record]) -> None:
         best = self.best(records)
-        self.trainer.state.best_model_checkpoint = None if best is None else os.path.join(self.trainer_root, best.name)
-
-    @property
-    def trainer_root(self) -> str:
-        """The run directory spelled as the user did, as the stock Trainer reports it."""
-        return os.fspath(self.live.root)
+        self.trainer.state.best_model_checkpoint = None if best is None else os.path.join(self.live.root, best.name)
 
     def load_best(self, model: torch.nn.Module) -> None:
         """load_best_model_at_end: exactly the weights that the best metric of a saved checkpoint belongs to."""
@@ -333,4 +346,4 @@ class Session:
         if state.best_global_step not in (None, record.step) and state.best_metric != score:
             say(f"step {state.best_global_step} had {state.best_metric}, but no checkpoint was saved there")
         state.best_metric, state.best_global_step = score, record.step
-        state.best_model_checkpoint = os.path.join(self.trainer_root, record.name)
+        state.best_model_checkpoint = os.path.join(self.live.root, record.name)

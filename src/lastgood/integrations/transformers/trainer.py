@@ -183,6 +183,11 @@ class ManagedTrainer(Trainer):
             session.evaluate = False
             self.control.should_evaluate = True
         super()._maybe_log_save_evaluate(*args, **kwargs)
+        if session.owed:  # save_strategy="best" saves nothing but the best so far
+            session.owed = False
+            self._save_checkpoint(rest[0], rest[1])
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        session.occasions.resumes()
         if session.proving is not None and session.proved:
             session.proving.leave(self)
 
@@ -219,7 +224,7 @@ class ManagedTrainer(Trainer):
             session.caught_up = bool(known)  # evaluated already: nothing of a finished run depends on doing it again
             rest = {"model": self.model_wrapped, "trial": trial, "ignore_keys_for_eval": None, "start_time": start_time}
             self._catch_up(int(self.state.num_train_epochs) - 1, **rest)
-        if session.stop.requested and not session.finished and self.state.global_step < self.state.max_steps:
+        if session.occasions.leave and not session.finished and self.state.global_step < self.state.max_steps:
             self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
             session.preempted()
         # With a limit of 1 the stock Trainer ends by deleting every checkpoint but the best, whosever it is.

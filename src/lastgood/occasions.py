@@ -1,0 +1,124 @@
+"""Whether to save after this step, and whether to leave then: triggers, signals, requests and the time limit in one.
+
+What a training loop asks after every step; it costs a look at the clock, and once a second one into a directory.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lastgood import deadline, triggers
+from lastgood.deadline import SLURM, Deadline, Pace
+from lastgood.repo import journal, request
+from lastgood.repo.request import Inbox
+from lastgood.signals import Signals
+from lastgood.talk import say
+from lastgood.triggers import Last, Triggers
+
+REQUESTS = {
+    request.SAVE: "asked for by `lastgood save`",
+    request.STOP: "asked for by `lastgood save --stop`",
+}
+"""Request -> the reason as it is told."""
+
+
+@dataclass(slots=True)
+class Occasions:
+    """leave: why the process has to end after the save, "" while it goes on. by: signal, limit or request.
+
+    active: between `begin` and the end of `listening`.
+    """
+
+    triggers: Triggers = field(default_factory=Triggers)
+    signals: Signals = field(default_factory=Signals)
+    pace: Pace = field(default_factory=Pace)
+    deadline: Deadline | None = None
+    leave: str = ""
+    by: str = ""
+    active: bool = False
+    _inbox: Inbox | None = None
+    _last: Last = field(default_factory=lambda: Last(0, time.monotonic()))
+    _asked: tuple[str, ...] = ()
+    _mark: float = 0.0
+    _told: bool = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Signals count within."""
+        self.leave, self.by, self._asked, self._inbox, self._told = "", "", (), None, False
+        self.deadline = deadline.here(self.triggers.time_limit)
+        try:
+            with self.signals.listening():
+                yield
+        finally:
+            self.active = False
+
+    def begin(self, root: Path, step: int, epoch: float = 0.0) -> None:
+        """Training begins after `step`, in this run. What was asked for before is dropped, with a word."""
+        for name in request.drop_stale(root):
+            say(f"a request from before this launch was dropped: {name}")
+        self._inbox, self.active = Inbox(root), True
+        self._mark = time.monotonic()
+        self._last = Last(step, self._mark, epoch)
+        if self.deadline is not None:  # a save may take minutes, and none of this process is known yet
+            known = [event.get("seconds") for event in journal.read(root) if event.get("event") == "saved"]
+            self.pace.saves.extend(float(value) for value in known[-5:] if isinstance(value, (int, float)))
+
+    def look(self, step: int, epoch: float = 0.0) -> tuple[str, ...]:
+        """The reasons to save now, after this step; () for none. `leave` may be set by it."""
+        now = time.monotonic()
+        self.pace.steps.append(now - self._mark)
+        self._mark = now
+        self.stopping(step)
+        reasons = triggers.due(
+            self.triggers, step=step, epoch=epoch, now=now, last=self._last, asked=tuple(dict.fromkeys(self._asked))
+        )
+        if reasons:
+            self._asked = ()
+        return reasons
+
+    def stopping(self, step: int) -> str:
+        """Why the process has to leave, "" if it needn't: to be asked inside of what takes long, too."""
+        now = time.monotonic()
+        self._hear(self.signals.stop, "signal", self.signals.stop)
+        self._asked += tuple(filter(None, [self.signals.taken()]))
+        if self._inbox is not None:
+            name = self._inbox.look(now, step)
+            if name == request.STOP:
+                self._hear(name, "request", REQUESTS[name])
+            elif name:
+                self._asked += (REQUESTS[name],)
+        close = "" if self._told else self.pace.near(self.deadline, now)
+        if close and self._theirs():
+            # submitit and the like requeue the job by a signal: a process that left by itself would not come back.
+            self._told, self._asked = True, (*self._asked, close)
+        elif close:
+            self._hear(close, "limit", close)
+        return self.leave
+
+    def saved(self, step: int, seconds: float, epoch: float = 0.0) -> None:
+        """A save of this step was tried, and took so long. One that failed isn't tried again at every step."""
+        self.pace.saves.append(seconds)
+        self._mark = time.monotonic()
+        self._last = Last(step, self._mark, epoch)
+
+    def resumes(self) -> None:
+        """What is no step is over (an evaluation, a log): the next one begins."""
+        self._mark = time.monotonic()
+
+    def parting(self, step: int) -> str:
+        """What is said when the process leaves: stopped by SIGTERM at step 500."""
+        how = f"stopped by {self.leave}" if self.by == "signal" else f"stopped ({self.leave})"
+        return f"{how} at step {step}"
+
+    def _hear(self, what: str, by: str, reason: str) -> None:
+        if what and not self.leave:
+            self.leave, self.by, self._asked = reason, by, (*self._asked, reason)
+
+    def _theirs(self) -> bool:
+        ours = self.deadline is None or SLURM not in self.deadline.source
+        return not ours and "SIGUSR2" in self.signals.left
