@@ -143,3 +143,39 @@ def test_a_run_that_lastgood_does_not_manage_can_not_be_asked(tmp_path: Path) ->
     (tmp_path / "checkpoint-5").mkdir()
     done = cli.call("save", tmp_path)
     assert done.code == 3 and not (tmp_path / ".lastgood").exists()
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {here!r})
+from test_signals import Send
+from training import Case
+import lastgood
+out = Path(sys.argv[1])
+case = Case("stopped", args={{"max_steps": 9, "save_strategy": "no"}})
+lastgood.manage(case.trainer(out, Send(out, save_and_stop=4))).train(resume_from_checkpoint="auto")
+"""
+
+
+def test_who_was_asked_to_stop_is_not_launched_again(tmp_path: Path) -> None:
+    tool, out = tmp_path / "train.py", tmp_path / "run"
+    tool.write_text(SCRIPT.format(here=os.fspath(Path(__file__).parent)))
+    env = {"HF_HUB_OFFLINE": "1"}
+    ended = cli.run("-C", out, "run", "--", sys.executable, tool, out, env=env, timeout=300)
+    assert ended.code == 75, ended.err
+    assert "stopped by `lastgood save --stop`, not launched again" in ended.err
+    assert [r.step for r in lastgood.open(out).checkpoints] == [5]
+
+
+def test_a_command_whose_time_is_over_is_asked_to_stop_and_not_launched_again(tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    line = ("sh", "-c", f"echo $LASTGOOD_END_TIME >> {told}; sleep 300 & wait")
+    before = time.time()
+    ended = cli.run("-C", tmp_path, "run", "--time-limit", "3s", "--grace", 1, "--", *line, timeout=120)
+    assert ended.code == 143, ended.err
+    assert "the time limit is near: asked to stop" in ended.err
+    (end,) = told.read_text().split()
+    assert before + 3 <= float(end) <= time.time() + 3
+    for wrong in ("60s", "soon", "0s"):
+        assert cli.call("-C", tmp_path, "run", "--time-limit", wrong, "--", "true").code == 2
