@@ -13,6 +13,7 @@ from transformers.trainer_callback import ExportableState
 
 from lastgood.errors import CorruptCheckpoint, IncompleteRestore
 from lastgood.format import tensors as safetensors
+from lastgood.integrations.transformers import extras
 from lastgood.model import Record
 from lastgood.state import optimizer, tree, weights
 from lastgood.state.data import Position
@@ -108,6 +109,13 @@ class Source:
             for name, value in match["state"].items():
                 setattr(callback, name, value)
             self.restored.append(("callback", type(callback).__name__))
+
+    def extras(self, trainer: Any) -> None:
+        """What the trainer and its callbacks carry from step to step."""
+        saved = self.resume.get("extras")
+        names = [] if saved is None else extras.restore(trainer, live_tensors(trainer.model), saved, self.tensors)
+        if names:
+            self.restored.append(("trainer", ", ".join(names)))
 
     def describe_rest(self, epoch: float) -> None:
         """Protocol of what the first epoch puts back: the generators and the place in the data."""

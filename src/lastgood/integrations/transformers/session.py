@@ -179,6 +179,8 @@ class Session:
             # The Trainer reports the mean loss of this call: what came before the save isn't counted in it.
             trainer._total_loss_scalar = -value
             trainer._globalstep_last_logged = progress["last_logged_step"]
+        if self.source is not None:  # only now: callbacks that copy the model have done so
+            self.source.extras(self.trainer)
         if self.target is not None:
             self._report()
             if self.source is not None:
