@@ -54,8 +54,9 @@ def model(kind: str, sizes: dict[str, Any], **more: Any) -> Any:
 
 def settings(cls: Any, out: Path, **changes: Any) -> Any:
     common: dict[str, Any] = {
-        "output_dir": str(out), "max_steps": STEPS, "per_device_train_batch_size": 4, "logging_steps": 2, "save_steps": 1,
-        "save_total_limit": 2, "learning_rate": 1e-2, "use_cpu": True, "disable_tqdm": True, "report_to": [], "bf16": False,
+        "output_dir": str(out), "max_steps": STEPS, "per_device_train_batch_size": 4, "logging_steps": 2, "bf16": False,
+        "save_steps": 1, "save_total_limit": 2, "learning_rate": 1e-2, "use_cpu": True, "disable_tqdm": True,
+        "report_to": [],
     }  # fmt: skip
     return cls(**{**common, **changes})
 
@@ -256,6 +257,91 @@ TRL = [
     Row("rloo", trl("RLOO", **ROLLOUT), state=BUFFER),
 ]  # fmt: skip
 
+# ---- sentence-transformers ----------------------------------------------------------------
+
+
+def sentence(name: str, loss: str, columns: Callable[..., dict[str, Any]], **options: Any) -> Callable[..., Any]:
+    """name: the model's class. The loss of that name is looked for beside it."""
+
+    def build(out: Path, callbacks: list[TrainerCallback]) -> Any:
+        import sentence_transformers as st
+        from sentence_transformers import cross_encoder, sentence_transformer, sparse_encoder
+
+        base = out.parent / "bert"
+        kind = "BertForSequenceClassification" if name == "CrossEncoder" else "BertForMaskedLM"
+        model(kind, BERT, **({"num_labels": 1} if name == "CrossEncoder" else {})).save_pretrained(base)
+        words().save_pretrained(base)
+        transformers.set_seed(1)
+        beside: Any
+        if name == "CrossEncoder":
+            made, beside = st.CrossEncoder(str(base), num_labels=1, device="cpu"), cross_encoder
+        elif name == "SparseEncoder":
+            made, beside = st.SparseEncoder(str(base), device="cpu"), sparse_encoder
+        else:
+            from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer
+
+            first = Transformer(str(base))
+            made = st.SentenceTransformer(
+                modules=[first, Pooling(8, "mean"), Dense(in_features=8, out_features=4)], device="cpu"
+            )
+            beside = sentence_transformer
+        losses = beside.losses
+        chosen = getattr(losses, loss)
+        if loss == "SoftmaxLoss":  # a loss with weights of its own, which no checkpoint of the library holds
+            built = chosen(made, sentence_embedding_dimension=4, num_labels=2)
+        elif loss == "SpladeLoss":
+            built = chosen(made, losses.SparseMultipleNegativesRankingLoss(made), document_regularizer_weight=0.1)
+        else:
+            built = chosen(made)
+        pool = lines(48)
+        rows = [columns(a, b, n) for n, (a, b) in enumerate(zip(pool[:24], pool[24:], strict=True))]
+        data = Dataset.from_list(rows)
+        return getattr(st, f"{name}Trainer")(
+            model=made,
+            args=settings(getattr(st, f"{name}TrainingArguments"), out, eval_strategy="steps", eval_steps=2, **options),
+            train_dataset=data,
+            eval_dataset=data.select(range(4)),
+            loss=built,
+            callbacks=callbacks,
+        )
+
+    return build
+
+
+def couple(a: str, b: str, number: int) -> dict[str, Any]:
+    return {"first": a, "second": b}
+
+
+def scored(a: str, b: str, number: int) -> dict[str, Any]:
+    return {"first": a, "second": b, "label": float(number % 2)}
+
+
+def sorted_out(a: str, b: str, number: int) -> dict[str, Any]:
+    return {"first": a, "second": b, "label": number % 2}
+
+
+def loads(name: str) -> Callable[[Path], Any]:
+    import sentence_transformers
+
+    return lambda path: getattr(sentence_transformers, name)(str(path), device="cpu")
+
+
+SENTENCES = [
+    Row(
+        "sentence",
+        sentence("SentenceTransformer", "MultipleNegativesRankingLoss", couple, batch_sampler="no_duplicates"),
+        lambda path: loads("SentenceTransformer")(path),
+        files=("modules.json", "1_Pooling/config.json", "2_Dense/model.safetensors"),
+    ),
+    Row("sentence-softmax", sentence("SentenceTransformer", "SoftmaxLoss", sorted_out), state=("loss",)),
+    Row("sparse", sentence("SparseEncoder", "SpladeLoss", couple), lambda path: loads("SparseEncoder")(path)),
+    Row(
+        "cross",
+        sentence("CrossEncoder", "BinaryCrossEntropyLoss", scored),
+        lambda path: loads("CrossEncoder")(path),
+    ),
+]
+
 
 # ---- all of them --------------------------------------------------------------------------
 
@@ -301,4 +387,10 @@ def killed_and_resumed(row: Row, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("row", TRANSFORMERS + TRL, ids=lambda row: row.name)
 def test_I1_I8_every_trainer_is_exact(row: Row, tmp_path: Path) -> None:
+    killed_and_resumed(row, tmp_path)
+
+
+@pytest.mark.parametrize("row", SENTENCES, ids=lambda row: row.name)
+def test_I1_I8_trainers_of_sentence_transformers_are_exact(row: Row, tmp_path: Path) -> None:
+    pytest.importorskip("sentence_transformers")
     killed_and_resumed(row, tmp_path)

@@ -25,10 +25,13 @@ TRAINERS: dict[str, tuple[str, ...]] = {
         "_metrics", "_stored_metrics", "stats", "_total_train_tokens",
         "entropy_coef", "_last_world_entropy", "_entropy_window_stats",
     ),
-    "sentence_transformers": ("accum_loss_components", "loss"),
+    "sentence_transformers": (
+        "accum_loss_components", "loss", "loss.query_regularizer_weight", "loss.document_regularizer_weight",
+    ),
 }  # fmt: skip
 CALLBACKS: dict[str, tuple[str, ...]] = {
     "trl": ("ref_model", "theta0_params", "ema_params", "running_model", "shadow_weights"),
+    "sentence_transformers": ("_current_query_regularizer_weight", "_current_document_regularizer_weight"),
 }
 OWN = "lastgood_state"
 """Class attribute in which a trainer or a callback of the user's lists attributes of the same kind."""
@@ -43,7 +46,11 @@ def slots(trainer: Any) -> Iterator[tuple[str, Any, str]]:
             label = "trainer" if holder is trainer else type(holder).__name__
             count[label] = count.get(label, 0) + 1
             label += "" if count[label] == 1 else f".{count[label]}"
-            yield from ((f"{label}.{name}", holder, name) for name in names if hasattr(holder, name))
+            for name in names:
+                path, _, last = name.rpartition(".")
+                owner = getattr(holder, path, None) if path else holder
+                if hasattr(owner, last):
+                    yield f"{label}.{name}", owner, last
 
 
 def _names(cls: type[Any], table: Mapping[str, tuple[str, ...]]) -> list[str]:
@@ -66,13 +73,19 @@ def capture(trainer: Any, live: Mapping[str, torch.Tensor], tensors: dict[str, t
         if parts is not None:
             # A loss holds the model as well: what the checkpoint has already isn't stored twice.
             own = {key: tensor for key, tensor in parts.items() if id(tensor) not in known}
+            if holder is trainer:
+                own = {key: tensor for key, tensor in own.items() if _trained(trainer, tensor)}
             known |= {id(tensor) for tensor in own.values()}
             found.update({f"extras.{label}.{key}": tensor for key, tensor in own.items()})
             if own:
                 values[label] = {"$module": list(own)}
         elif value is not None:
             values[label] = tree.encode(value, found, f"extras.{label}")
-    strays = {name: parameter for name, parameter in _strays(trainer, live).items() if id(parameter) not in known}
+    strays = {
+        name: parameter
+        for name, parameter in _strays(trainer, live).items()
+        if id(parameter) not in known and _trained(trainer, parameter)
+    }
     found.update({f"extras.{name}": parameter for name, parameter in strays.items()})
     tensors.update(found)
     away = [name for name, tensor in found.items() if tensor.device.type != "cpu"]
@@ -118,6 +131,14 @@ def _module_tensors(value: Any) -> dict[str, torch.Tensor] | None:
     if isinstance(value, Mapping) and value and all(isinstance(item, torch.nn.Module) for item in value.values()):
         return {f"{key}.{name}": t for key, module in value.items() for name, t in live_tensors(module).items()}
     return None
+
+
+def _trained(trainer: Any, tensor: torch.Tensor) -> bool:
+    """False for what comes as it was loaded: frozen, or in the optimizer's list and never given a gradient (a guide)."""
+    if not isinstance(tensor, torch.nn.Parameter):
+        return True
+    inner = optimizer.plain(trainer.optimizer)
+    return tensor.requires_grad and (not inner.state or tensor in inner.state)
 
 
 def _strays(trainer: Any, live: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
