@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-import gc
-import itertools
 import json
-import os
 import random
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,9 +15,8 @@ from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, WeightedRandomSampler
 from torch.utils.data.distributed import DistributedSampler
 
-from lastgood.errors import CorruptCheckpoint, Incompatible, NotSupported, UsageError
 from lastgood.state import rng
-from lastgood.state.stream import Once, Stream, follow
+from lastgood.state.stream import Stream, follow
 
 SAMPLES, BATCH = 11, 3  # 4 batches an epoch, the last one smaller
 
@@ -62,7 +56,12 @@ class Augmented(Plain):
 
     def __getitem__(self, index: int) -> torch.Tensor:
         self.calls += 1
-        drawn = [self.python.random(), self.numpy.random(), float(torch.rand((), generator=self.torch)), self.old.rand()]
+        drawn = [
+            self.python.random(),
+            self.numpy.random(),
+            float(torch.rand((), generator=self.torch)),
+            self.old.rand(),
+        ]
         return torch.tensor([index, self.calls, *drawn], dtype=torch.float64)
 
 
@@ -259,7 +258,9 @@ KINDS: dict[str, Callable[[], Any]] = {
 }
 WORKERS: dict[str, Callable[[], Any]] = {
     "shuffled": lambda: loader(Plain(), shuffle=True, num_workers=2),
-    "lists": lambda: loader(list(range(SAMPLES)), shuffle=True, num_workers=2, generator=generator(), prefetch_factor=1),
+    "lists": lambda: loader(
+        list(range(SAMPLES)), shuffle=True, num_workers=2, generator=generator(), prefetch_factor=1
+    ),
     "noisy": lambda: loader(Noisy(), shuffle=True, num_workers=2),
     "wandering": lambda: loader(list(range(SAMPLES)), sampler=Wandering(), num_workers=2, prefetch_factor=1),
     "persistent": lambda: loader(Noisy(), shuffle=True, num_workers=2, persistent_workers=True),

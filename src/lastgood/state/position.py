@@ -34,15 +34,18 @@ class Mark:
     lost: frozenset[str] = frozenset()
 
 
-def encode(mark: Mark, tensors: dict[str, torch.Tensor]) -> JSON:
-    """The JSON for `mark`; tensors in its state go to `tensors`. Raises NotSupported for what needs pickle."""
+def encode(mark: Mark, tensors: dict[str, torch.Tensor], where: str = "data") -> JSON:
+    """The JSON for `mark`; tensors in its state go to `tensors`, under names that begin with `where`.
+
+    Raises NotSupported for what needs pickle.
+    """
     return {
         "epoch": mark.epoch,
         "consumed": mark.consumed,
         "here": None if mark.here is None else _past(mark.here),
         "ahead": {str(ordinal): _moment(moment) for ordinal, moment in mark.ahead.items()},
         "own": tree.encode(mark.own, {}, "data.own"),
-        "state": tree.encode(mark.state, tensors, "data.state"),
+        "state": tree.encode(mark.state, tensors, f"{where}.state"),
         "past": [_past(past) for past in mark.past],
         "lost": sorted(mark.lost),
     }

@@ -151,13 +151,13 @@ class Stream:
 
     # ---- saving and loading ----------------------------------------------------------------
 
-    def encode(self, mark: Mark, tensors: dict[str, torch.Tensor]) -> JSON:
-        """The JSON for a mark; tensors in the state of a loader or dataset go to `tensors`, named "data...".
+    def encode(self, mark: Mark, tensors: dict[str, torch.Tensor], where: str = "data") -> JSON:
+        """The JSON for a mark; tensors in the state of a loader or dataset go to `tensors`, named "<where>...".
 
         Raises NotSupported for a state that can't be stored without pickle.
         """
         head = {"kind": self.way.kind, "how": self.way.how, "facts": facts(self.loader)}
-        return {**head, **position.encode(mark, tensors)}
+        return {**head, **position.encode(mark, tensors, where)}
 
     def check(self, value: JSON) -> None:
         """Raise Incompatible, before anything is changed, if a mark of another kind of loader was saved."""
