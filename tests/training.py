@@ -108,6 +108,8 @@ def arguments(out: Path, **changes: Any) -> TrainingArguments:
         "disable_tqdm": True,
         "seed": 7,
     }
+    if "train_sampling_strategy" not in TrainingArguments.__dataclass_fields__ and "train_sampling_strategy" in changes:
+        changes[changes.pop("train_sampling_strategy")] = True  # its name before transformers 5
     return TrainingArguments(output_dir=str(out), **{**settings, **changes})
 
 

@@ -11,7 +11,7 @@ import torch
 
 from lastgood.convert import weights
 from lastgood.convert.content import PENDING, Content, legacy_numpy
-from lastgood.errors import CorruptCheckpoint
+from lastgood.errors import CorruptCheckpoint, NotSupported
 from lastgood.format import tensors as safetensors
 from lastgood.layouts.found import files_of
 from lastgood.model import Manifest
@@ -32,6 +32,12 @@ def read(path: Path, manifest: Manifest | None) -> Content:
     # What the manifest doesn't list was stripped and may still lie there.
     names = list(files_of(path) if manifest is None else manifest.files)
     models = weights.read(path, names)
+    several = list(_json(path / DIGESTS).get("modules", {})) if not models and DIGESTS in names else []
+    if several:
+        raise NotSupported(
+            f"{path.name} holds the models {', '.join(several)} of a loop, none of which is called model",
+            hint="`lastgood checkout` copies their files, which any safetensors reader opens",
+        )
     if not models:
         raise CorruptCheckpoint(f"{path}: no file with weights in it")
     content = Content(name=path.name, model=models[0], step=-1 if manifest is None else manifest.step)
@@ -69,6 +75,7 @@ def _resume(content: Content, saved: Mapping[str, Any], tensors: Mapping[str, to
             content.rest |= decoded("rest", {})
             return
         content.rest |= {"progress": progress, "data": saved.get("data"), "callbacks": decoded("callbacks", [])}
+        content.rest |= dict.fromkeys(saved.get("parts", {}), True)  # of a loop, by its user's names
         if progress.get("evaluate"):
             content.rest[PENDING] = True
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:

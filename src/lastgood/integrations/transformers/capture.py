@@ -14,6 +14,7 @@ import torch
 from transformers.trainer_callback import ExportableState
 
 from lastgood.format import guard
+from lastgood.integrations.transformers import extras
 from lastgood.repo.staging import Staging
 from lastgood.state import optimizer, rng, tree
 from lastgood.state.data import Position
@@ -54,11 +55,11 @@ def write(
     """
     with taken_over(staging.path) as files, _same_card(trainer.model, card):
         trainer.save_model(staging.path, _internal_call=True)
-    digests, extras = coverage.extras(trainer.model, live, files)
+    digests, beside = coverage.extras(trainer.model, live, files)
     for file in files:
         staging.tensors(file.name, "model", named(file.tensors), file.metadata)
-    if extras:
-        staging.tensors("extra.safetensors", "model", named(extras), TENSOR_METADATA)
+    if beside:
+        staging.tensors("extra.safetensors", "model", named(beside), TENSOR_METADATA)
     staging.data("tensors.json", "model", _json({"format": 1, "tensors": digests}))
     for name in guard.NAMES:
         staging.data(name, "model", guard.content(name))
@@ -102,6 +103,7 @@ def _write_resume_state(trainer: Any, staging: Staging, live: Mapping[str, torch
         "rng": rng.encode(moment.rng),
         "data": None if moment.position is None else moment.position.encode(),
         "callbacks": tree.encode(callback_states(trainer), tensors, "callbacks"),
+        "extras": extras.capture(trainer, live, tensors),
         "progress": {
             "global_step": trainer.state.global_step,
             "epoch": trainer.state.epoch,

@@ -10,6 +10,7 @@ import torch
 from transformers.trainer_callback import ExportableState
 
 from lastgood.errors import IncompleteRestore
+from lastgood.integrations.transformers import extras
 from lastgood.state import optimizer, tree, weights
 from lastgood.state.data import Position
 from lastgood.state.fingerprint import live_tensors
@@ -75,6 +76,13 @@ class Source(Saved):
             for name, value in match["state"].items():
                 setattr(callback, name, value)
             self.restored.append(("callback", type(callback).__name__))
+
+    def extras(self, trainer: Any) -> None:
+        """What the trainer and its callbacks carry from step to step."""
+        saved = self.resume.get("extras")
+        names = [] if saved is None else extras.restore(trainer, live_tensors(trainer.model), saved, self.tensors)
+        if names:
+            self.restored.append(("trainer", ", ".join(names)))
 
     def describe_rest(self, epoch: float) -> None:
         """Protocol of what the first epoch puts back: the generators and the place in the data."""

@@ -15,7 +15,7 @@ import torch
 from lastgood import policy
 from lastgood.errors import NoCheckpoint, Preempted
 from lastgood.guard import Guard
-from lastgood.integrations.transformers import capture, settings
+from lastgood.integrations.transformers import capture, old_loop, settings
 from lastgood.integrations.transformers.events import Events
 from lastgood.integrations.transformers.options import Options, retention
 from lastgood.integrations.transformers.outlook import look_ahead
@@ -27,7 +27,7 @@ from lastgood.occasions import Occasions
 from lastgood.repo import after, journal
 from lastgood.report import Change, Report
 from lastgood.state import facts, rng
-from lastgood.state.data import Tracker
+from lastgood.state.data import Position, Tracker
 from lastgood.state.fingerprint import live_tensors
 from lastgood.state.finite import not_finite
 from lastgood.state.recorder import Recorder
@@ -57,6 +57,9 @@ class Session:
     planned: bool = False  # a batch size that is tried anew begins training anew
     finished: bool = False  # the checkpoint resumed from is the last step of the run
     caught_up: bool = True  # nothing left to do of the step that was resumed from
+    place: Position | None = None  # in the data, of the epoch that is resumed in its middle
+    window: torch.Tensor | None = None  # losses since the last log line, where the loop has to be handed them
+    left: bool = False  # the loop is over
     where: str = "step"
     evaluate: bool = False  # an evaluation of this very step is still to come
     evaluating: Rng | None = None  # inside an evaluation: the generators as they were before it
@@ -121,6 +124,7 @@ class Session:
         self.tracker = Tracker(self.recorder.batches if self.recorder.on else None)
         self.finished, self.caught_up, self.evaluate, self.evaluating = False, True, False, None
         self.where, self.saved_step, self.planned, self.owed = "step", -1, False, False
+        self.left, self.place, self.window = False, None, None
         self.unsaved_metrics, self.changed, self.card = {}, [], {}
 
     @property
@@ -190,7 +194,10 @@ class Session:
             trainer._tr_loss = torch.tensor(value, device=trainer.args.device)
             # The Trainer reports the mean loss of this call: what came before the save isn't counted in it.
             trainer._total_loss_scalar = -value
+            self.window = trainer._tr_loss if old_loop.NEEDED else None
             trainer._globalstep_last_logged = progress["last_logged_step"]
+        if self.source is not None:  # only now: callbacks that copy the model have done so
+            self.source.extras(self.trainer)
         if self.target is not None:
             self._report()
             if self.source is not None:
@@ -198,6 +205,11 @@ class Session:
         if self.proving is None and not self.finished and not self.planned:
             self.planned = True
             look_ahead(self)
+
+    def with_window(self, loss: Any) -> Any:
+        """`loss`, and with the first one what the old loop, which begins its sum at zero, doesn't know of."""
+        window, self.window = self.window, None
+        return loss if window is None else loss + window
 
     def _report(self) -> None:
         target, source = self.target, self.source
