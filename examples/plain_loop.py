@@ -3,7 +3,7 @@
     python examples/plain_loop.py OUT --steps 200
 
 A small transformer learns the standard library's source, byte by byte: AdamW, warm-up and cosine, gradient clipping
-and accumulation, bfloat16, dropout, an evaluation every 20 steps. `torch_save_loop.py` is the same loop with torch.save.
+and accumulation, bfloat16, dropout, an evaluation every 20 steps. `torch_save_loop.py` is the same with torch.save.
 """
 
 from __future__ import annotations
