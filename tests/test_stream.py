@@ -341,7 +341,7 @@ def exact(make: Callable[[], Any], points: list[tuple[int, bool]], total: int, *
     """Interrupted at each of the points (step, whether between two epochs), the loop sees the same."""
     seed(1)
     whole: Seen = []
-    steps(follow(make(), **options), whole, total)
+    steps(follow(make(), **options), whole, total + 2 * SAMPLES)
     seed(1)
     stream = follow(make(), **options)
     parts: Seen = []

@@ -75,9 +75,10 @@ def _moment_of(value: JSON) -> Moment:
 
 def _past(past: Past) -> JSON:
     known = {str(ordinal): rng.encode(state) for ordinal, state in past.known.items()}
-    return {"start": _moment(past.start), "consumed": past.consumed, "known": known, "ended": past.ended}
+    rest = {"consumed": past.consumed, "ended": past.ended, "reused": past.reused}
+    return {"start": _moment(past.start), "known": known, **rest}
 
 
 def _past_of(value: JSON) -> Past:
     known = {int(ordinal): rng.decode(state) for ordinal, state in value["known"].items()}
-    return Past(_moment_of(value["start"]), int(value["consumed"]), known, bool(value["ended"]))
+    return Past(_moment_of(value["start"]), int(value["consumed"]), known, bool(value["ended"]), bool(value["reused"]))

@@ -26,12 +26,16 @@ class Moment:
 
 @dataclass(frozen=True, slots=True)
 class Past:
-    """An iteration, as much of it as a replay needs; known: see `Draws`; ended: it was gone through to its end."""
+    """An iteration, as much of it as a replay needs.
+
+    known: see `Draws`; ended: it was gone through to its end; reused: by worker processes that were there before.
+    """
 
     start: Moment
     consumed: int
     known: dict[int, Rng]
     ended: bool = False
+    reused: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,11 +84,13 @@ class Clocks:
 class Walk:
     """The bookkeeping of one iteration.
 
-    consumed: batches handed to the loop; peeks: the loader fetches batches before the loop asks for them.
+    consumed: batches handed to the loop; peeks: the loader fetches batches before the loop asks for them; at_once: its
+    sampler draws an epoch's order as a whole; reused: by worker processes that were there before.
     """
 
-    def __init__(self, own: Own, clocks: Clocks, how: How, *, peeks: bool, at_once: bool) -> None:
-        self.own, self.clocks, self.how, self.peeks, self.at_once = own, clocks, how, peeks, at_once
+    def __init__(self, own: Own, clocks: Clocks, how: How, *, peeks: bool) -> None:
+        self.own, self.clocks, self.how, self.peeks = own, clocks, how, peeks
+        self.at_once = self.reused = self.idle = False
         self.consumed = self.fetched = self.skip = 0
         self.start: Moment | None = None  # None until its first fetch is prepared
         self.draws: Draws | None = None
@@ -101,6 +107,12 @@ class Walk:
         self.how = goal.how or self.how
         for past in goal.past:
             self._repeat(past, make)
+        if goal.here.reused and not self.reused and not goal.past:
+            # An iteration draws the seed of the workers when it starts them, and at no other time.
+            self.idle = True
+            make()
+            self.idle = False
+        self.reused = goal.here.reused
         iterator = self._repeat(goal.here, make, goal)
         self.start = goal.here.start
         self.goal = Goal(
@@ -170,7 +182,7 @@ class Walk:
         """This iteration as far as it went."""
         assert self.start is not None
         assert self.draws is not None
-        return Past(self.start, self.consumed, dict(self.draws.known), ended)
+        return Past(self.start, self.consumed, dict(self.draws.known), ended, self.reused)
 
 
 class Fetches:
@@ -201,6 +213,8 @@ class Order:
 
     def __iter__(self) -> Iterator[Any]:
         walk = self._walk()
+        if walk is not None and walk.idle:
+            return iter(())
         return iter(self._sampler) if walk is None else Indices(iter(self._sampler), walk)
 
     def __len__(self) -> int:
