@@ -69,6 +69,7 @@ class Course:
         self._walk = walk = Walk(self.own, self.clocks, self.way.how, peeks=self._peeks)
         iteration = Iteration(self, walk)
         self._iteration = weakref.ref(iteration)
+        iteration.number = getattr(self.own.loader(), "iteration", None)
         iteration.batches = make()
         return iteration
 
@@ -101,9 +102,14 @@ class Course:
 
     def over(self, iteration: Iteration) -> None:
         """It has no more."""
-        if iteration.walk is self._walk:
-            self.ended += 1
-            self._leave(ended=True)
+        if iteration.walk is not self._walk:
+            return
+        iteration.walk.arrive()  # the end, too, may have been fetched ahead
+        loader = self.own.loader()
+        if self._peeks and iteration.walk.resumed and getattr(loader, "iteration", None) == iteration.number:
+            loader.iteration += 1  # Accelerate's don't count one without a batch: this one had them all before
+        self.ended += 1
+        self._leave(ended=True)
 
     def _leave(self, *, ended: bool = False) -> None:
         walk, self._walk, self._iteration = self._walk, None, None
@@ -119,6 +125,7 @@ class Iteration:
         self._course = course
         self.walk = walk
         self.left = False  # another one was begun
+        self.number: int | None = None  # of Accelerate
         self.batches: Iterator[Any] = iter(())
 
     def __iter__(self) -> Iteration:

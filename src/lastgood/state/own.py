@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -28,13 +28,13 @@ class Own:
     def __init__(self, loader: Any) -> None:
         found = dict(_places(loader))
         # Not to hold the loader itself: see `Stream`.
-        self._loader = weakref.ref(found.pop("loader")) if "loader" in found else None
+        self.loader = _weakly(found.pop("loader", None))
         self._rest = found
         self._first = dict(self._plain())
 
     @property
     def _places(self) -> State:
-        loader = None if self._loader is None else self._loader()
+        loader = self.loader()
         return self._rest if loader is None else {"loader": loader, **self._rest}
 
     def capture(self) -> State:
@@ -96,6 +96,13 @@ class Own:
                 )
                 if counts and type(value) in PLAIN:
                     yield f"{place}.{name}", value
+
+
+def _weakly(thing: Any) -> Callable[[], Any]:
+    try:
+        return weakref.ref(thing)
+    except TypeError:  # None, a list
+        return lambda: thing
 
 
 def _places(loader: Any) -> Iterator[tuple[str, Any]]:

@@ -15,7 +15,7 @@ from typing import Any, get_args
 import torch
 from torch.utils.data import DataLoader
 
-from lastgood.errors import Incompatible, NotSupported, UsageError, wrong_type
+from lastgood.errors import CorruptCheckpoint, Incompatible, NotSupported, UsageError, wrong_type
 from lastgood.report import Change
 from lastgood.state import position
 from lastgood.state.cost import Cost, changes, target
@@ -125,9 +125,7 @@ class Stream:
         doubt, inner = "", inner_of(self.loader)
         if mark.lost:
             doubt = f"the loader and the training both draw from the generator of {', '.join(sorted(mark.lost))}"
-        elif getattr(inner_of(self.loader), "num_workers", 0) > 1 and not getattr(
-            inner_of(self.loader), "in_order", True
-        ):
+        elif getattr(inner, "num_workers", 0) > 1 and not getattr(inner, "in_order", True):
             doubt = "in_order=False: batches come in the order in which workers happen to be ready"
         if mark.here is None or self.course.way.how in ("state", "dataset"):
             return Cost(how="nothing", doubt=doubt)
@@ -157,6 +155,9 @@ class Stream:
 
     def check(self, value: JSON) -> None:
         """Raise Incompatible, before anything is changed, if a mark of another kind of loader was saved."""
+        saved = value.get("facts") if isinstance(value, dict) else None
+        if not isinstance(saved, dict) or not all(number is None or type(number) is int for number in saved.values()):
+            raise CorruptCheckpoint("the position in the data can't be read: it doesn't say of what loader")
         kind = value.get("kind")
         if kind != self.course.way.kind:
             raise Incompatible(

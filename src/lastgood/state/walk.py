@@ -90,7 +90,7 @@ class Walk:
 
     def __init__(self, own: Own, clocks: Clocks, how: How, *, peeks: bool) -> None:
         self.own, self.clocks, self.how, self.peeks = own, clocks, how, peeks
-        self.at_once = self.reused = self.idle = False
+        self.at_once = self.reused = self.idle = self.resumed = False
         self.consumed = self.fetched = self.skip = 0
         self.start: Moment | None = None  # None until its first fetch is prepared
         self.draws: Draws | None = None
@@ -103,7 +103,7 @@ class Walk:
             self.start = Moment(rng.capture(), self.own.capture())
             self.draws = Draws(self.start.rng)
             return Fetches(self, make())
-        entry = rng.capture()
+        self.resumed, entry = True, rng.capture()
         self.how = goal.how or self.how
         for past in goal.past:
             self._repeat(past, make)
@@ -119,7 +119,7 @@ class Walk:
             here=goal.here, ahead=dict(goal.ahead), own=goal.own, then=lambda: goal.then() or entry, lost=goal.lost
         )
         if not goal.ahead:  # else these come first
-            self._arrive()
+            self.arrive()
         return Fetches(self, iterator)
 
     def _repeat(self, past: Past, make: Callable[[], Iterator[Any]], goal: Goal | None = None) -> Iterator[Any]:
@@ -147,7 +147,8 @@ class Walk:
         self.consumed = self.fetched = past.consumed
         return iterator
 
-    def _arrive(self) -> None:
+    def arrive(self) -> None:
+        """What comes from here on wasn't fetched before the save."""
         if self.goal is not None:
             goal, self.goal = self.goal, None
             # Those that were loaded with a state of their own have it already.
@@ -163,7 +164,7 @@ class Walk:
         if self.goal is not None:
             moment = self.goal.ahead.pop(ordinal, None)
             if moment is None:
-                self._arrive()
+                self.arrive()
             else:
                 self.own.restore(moment.own)
                 rng.restore(moment.rng)
