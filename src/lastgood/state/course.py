@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import DataLoader
 
 from lastgood.errors import UsageError
+from lastgood.state import rng
 from lastgood.state.own import Own
 from lastgood.state.position import Mark
 from lastgood.state.walk import Clocks, Goal, Order, Past, Walk
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 class Course:
     """Where the iterations of a loader are. Doesn't hold the loader: see `Stream`.
 
-    ended: iterations that were gone through to their end; past: those that the worker processes which live now have
-    seen; goal: where the next one is to go on; twice: two were used at the same time.
+    ended: iterations that were gone through to their end; past: those that its worker processes have seen, or are to
+    see before the next one; warm: they are to be there before it begins; goal: where the next one is to go on; at_end:
+    it is to end at once; twice: two were used at the same time.
     """
 
     def __init__(self, loader: Any, inner: Any, skip: Skip) -> None:
@@ -33,10 +35,10 @@ class Course:
         self.ended = 0
         self.past: tuple[Past, ...] = ()
         self.goal: tuple[Mark, Goal] | None = None
-        self.twice = False
+        self.warm = self.at_end = self.twice = False
         self.stream: Callable[[], Stream | None] = lambda: None
         self._peeks = inner is not loader
-        self._persistent = bool(getattr(inner, "persistent_workers", False))
+        self.persistent = bool(getattr(inner, "persistent_workers", False))
         self._walk: Walk | None = None
         self._iteration: weakref.ref[Iteration] | None = None
 
@@ -45,6 +47,11 @@ class Course:
         if chosen != self.way and self.alive() is not None:
             raise UsageError("skip can't change while the loader is iterated", hint="follow it before the loop begins")
         self.way = chosen
+
+    @property
+    def lives_on(self) -> bool:
+        """Whether worker processes go on with their generators as the iterations before have left them."""
+        return self.persistent and self.way.how == "replay"
 
     def alive(self) -> Iteration | None:
         """The iteration that the loop is in."""
@@ -70,7 +77,8 @@ class Course:
         iteration = Iteration(self, walk)
         self._iteration = weakref.ref(iteration)
         iteration.number = getattr(self.own.loader(), "iteration", None)
-        iteration.batches = make()
+        if not self.at_end:
+            iteration.batches = make()
         return iteration
 
     def fetches(self, loader: Any, make: Callable[[], Iterator[Any]]) -> Iterator[Any]:
@@ -83,8 +91,11 @@ class Course:
         if loaded is None and getattr(dataset, "_starting_state_dict", None) is not None:
             dataset._starting_state_dict = None  # Hugging Face's would begin each epoch where this one was resumed
         walk.at_once = draws_at_once(loader)
-        walk.reused = self._persistent and getattr(loader, "_iterator", None) is not None
-        return walk.begin(make, None if loaded is None else loaded[1])
+        walk.reused = self.persistent and getattr(loader, "_iterator", None) is not None
+        past = () if walk.reused else self.past
+        warm = self.warm and not (walk.reused or past)
+        walk.reused, self.warm = walk.reused or warm or bool(past), False
+        return walk.begin(make, None if loaded is None else loaded[1], past, warm)
 
     def order(self, sampler: Any) -> Any:
         """The sampler that the iterator under construction is to use."""
@@ -99,23 +110,31 @@ class Course:
         if iteration.left:
             self.twice = True
         iteration.walk.consumed += 1
+        iteration.count += 1
 
     def over(self, iteration: Iteration) -> None:
         """It has no more."""
         if iteration.walk is not self._walk:
             return
-        iteration.walk.arrive()  # the end, too, may have been fetched ahead
-        loader = self.own.loader()
-        if self._peeks and iteration.walk.resumed and getattr(loader, "iteration", None) == iteration.number:
-            loader.iteration += 1  # Accelerate's don't count one without a batch: this one had them all before
+        walk, loader = iteration.walk, self.own.loader()
+        walk.arrive()  # the end, too, may have been fetched ahead
+        if self.at_end and self.goal is not None:
+            (mark, goal), self.goal, self.at_end = self.goal, None, False
+            self.own.restore(mark.own)
+            then = goal.then()
+            if then is not None:
+                rng.restore(then)
+            if self._peeks and hasattr(loader, "iteration") and loader.iteration == iteration.number:
+                loader.iteration += 1  # Accelerate's would have counted it now
+        elif walk.resumed and not iteration.count:
+            walk.finish(iteration.batches)
         self.ended += 1
-        self._leave(ended=True)
+        self._leave()
 
-    def _leave(self, *, ended: bool = False) -> None:
+    def _leave(self) -> None:
         walk, self._walk, self._iteration = self._walk, None, None
-        if walk is not None and walk.start is not None and self._persistent and self.way.how == "replay":
-            # The workers go on with the generators as this iteration leaves them.
-            self.past = (*self.past, walk.past(ended))
+        if walk is not None and walk.start is not None and self.lives_on:
+            self.past = (*self.past, walk.past())
 
 
 class Iteration:
@@ -125,6 +144,7 @@ class Iteration:
         self._course = course
         self.walk = walk
         self.left = False  # another one was begun
+        self.count = 0  # batches handed out
         self.number: int | None = None  # of Accelerate
         self.batches: Iterator[Any] = iter(())
 

@@ -37,8 +37,8 @@ class Own:
         loader = self.loader()
         return self._rest if loader is None else {"loader": loader, **self._rest}
 
-    def capture(self) -> State:
-        """Their states now; of plain attributes those that aren't what they were at first."""
+    def capture(self, *, whole: bool = False) -> State:
+        """Their states now; of plain attributes those that aren't what they were at first, or all of them."""
         found: State = {}
         seen: set[int] = set()
         for place, thing in self._places.items():
@@ -51,7 +51,7 @@ class Own:
             if epoch is not None:
                 found[f"{place}.set_epoch()"] = epoch
         for key, value in self._plain():
-            if key not in self._first or self._first[key] != value:
+            if whole or key not in self._first or self._first[key] != value:
                 found[key] = value
         return found
 

@@ -21,7 +21,8 @@ class Mark:
 
     here: that iteration, None between two; ahead: batches fetched and not handed out yet -> the moment before each
     fetch; own: what the loader has of its own, now; state: what its state_dict() said; past: the iterations before,
-    where worker processes live on; lost: generators whose states can't all be repeated (see `Draws`).
+    where worker processes live on; reused: this one, or the next, has worker processes that were there before; lost:
+    generators whose states can't all be repeated (see `Draws`).
     """
 
     epoch: int
@@ -31,6 +32,7 @@ class Mark:
     own: State = field(default_factory=dict)
     state: Any = None
     past: tuple[Past, ...] = ()
+    reused: bool = False
     lost: frozenset[str] = frozenset()
 
 
@@ -44,6 +46,7 @@ def encode(mark: Mark, tensors: dict[str, torch.Tensor]) -> JSON:
         "own": tree.encode(mark.own, {}, "data.own"),
         "state": tree.encode(mark.state, tensors, "data.state"),
         "past": [_past(past) for past in mark.past],
+        "reused": mark.reused,
         "lost": sorted(mark.lost),
     }
 
@@ -59,6 +62,7 @@ def decode(value: JSON, tensors: Mapping[str, torch.Tensor]) -> Mark:
             own=tree.decode(value["own"], {}),
             state=tree.decode(value["state"], tensors),
             past=tuple(_past_of(past) for past in value["past"]),
+            reused=bool(value["reused"]),
             lost=frozenset(value["lost"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -75,10 +79,9 @@ def _moment_of(value: JSON) -> Moment:
 
 def _past(past: Past) -> JSON:
     known = {str(ordinal): rng.encode(state) for ordinal, state in past.known.items()}
-    rest = {"consumed": past.consumed, "ended": past.ended, "reused": past.reused}
-    return {"start": _moment(past.start), "known": known, **rest}
+    return {"start": _moment(past.start), "consumed": past.consumed, "known": known, "ended": past.ended}
 
 
 def _past_of(value: JSON) -> Past:
     known = {int(ordinal): rng.decode(state) for ordinal, state in value["known"].items()}
-    return Past(_moment_of(value["start"]), int(value["consumed"]), known, bool(value["ended"]), bool(value["reused"]))
+    return Past(_moment_of(value["start"]), int(value["consumed"]), known, bool(value["ended"]))

@@ -26,7 +26,7 @@ from lastgood.state.position import Mark
 from lastgood.state.rng import Rng
 from lastgood.state.tree import JSON
 from lastgood.state.walk import Goal, Past, Walk
-from lastgood.state.way import Skip, facts, inner_of, way
+from lastgood.state.way import How, Skip, facts, inner_of, way
 
 
 class Once:
@@ -97,26 +97,28 @@ class Stream:
 
         Raises NotSupported if two iterations of this loader are used at the same time.
         """
-        if self.course.goal is not None:  # not begun since it was loaded
-            return self.course.goal[0]
-        if self.course.twice:
+        course = self.course
+        if course.goal is not None:  # not begun since it was loaded
+            return course.goal[0]
+        if course.twice:
             raise NotSupported(
                 "two iterations of the same loader are used at the same time: there is no one place to go on from",
                 hint="make a second loader for the second iteration",
             )
-        walk = self.course.under_way()
+        walk = course.under_way()
         if walk is None or walk.start is None or walk.draws is None:
-            return Mark(
-                epoch=self.course.ended, own=self.course.own.capture(), state=self._state(None), past=self.course.past
-            )
+            reused = course.warm or self._reuses()
+            own, state = course.own.capture(), self._state(None)
+            return Mark(epoch=course.ended, own=own, state=state, past=course.past, reused=reused)
         return Mark(
-            epoch=self.course.ended,
+            epoch=course.ended,
             consumed=walk.consumed,
             here=walk.past(),
             ahead={ordinal: moment for ordinal, moment in walk.ahead.items() if ordinal > walk.consumed},
-            own=self.course.own.capture(),
+            own=course.own.capture(),
             state=self._state(walk),
-            past=self.course.past,
+            past=course.past,
+            reused=walk.reused,
             lost=walk.draws.lost,
         )
 
@@ -135,6 +137,11 @@ class Stream:
         clock = self.course.clocks.index if self.course.way.how == "indices" else self.course.clocks.fetch
         seconds = None if clock.mean is None else clock.mean * batches
         return Cost(how=self.course.way.how, batches=batches, seconds=seconds, why=self.course.way.why, doubt=doubt)
+
+    def _reuses(self) -> bool:
+        """Whether the next iteration has worker processes that are there already."""
+        inner = inner_of(self.loader)
+        return bool(getattr(inner, "persistent_workers", False)) and getattr(inner, "_iterator", None) is not None
 
     def _state(self, walk: Walk | None) -> Any:
         if self.course.way.how == "state" and (walk is not None or not isinstance(self.loader, DataLoader)):
@@ -186,38 +193,44 @@ class Stream:
         mark = position.decode(value, tensors)
         once = then if isinstance(then, Once) else Once(then)
         consumed, fits = target(value, facts(self.loader), self.course.way)
-        self.course.twice = False
-        self.course.ended, self.course.past = mark.epoch, mark.past
-        if not isinstance(self.loader, DataLoader) and mark.state is not None and self.course.way.how == "state":
+        course = self.course
+        course.twice = course.at_end = False
+        course.ended, course.past, course.warm = mark.epoch, mark.past, mark.reused
+        lines = [("data", f"not set: {place}") for place in course.own.lacking(mark.own)]
+        if not isinstance(self.loader, DataLoader) and course.way.how == "state":
             self.loader.load_state_dict(mark.state)
-            if mark.here is not None and self.course.way.batches:
-                self.course.goal = mark, Goal(here=mark.here, own=mark.own, then=once.take)
-            return [("data", f"{self.course.way.kind}: its own state")]
-        lines = [("data", f"not set: {place}") for place in self.course.own.lacking(mark.own)]
+            if mark.here is not None and course.way.batches:
+                course.goal = mark, Goal(here=mark.here, own=mark.own, then=once.take)
+            return [("data", f"{course.way.kind}: its own state")]
         if mark.here is None:
-            self.course.own.restore(mark.own)
+            course.own.restore(mark.own)
             return [("data", f"beginning of epoch {mark.epoch}"), *lines]
         if not fits:
-            self.course.own.restore(mark.here.start.own)
+            course.own.restore(mark.here.start.own)
             return [("data", f"epoch {mark.epoch} begins again, the data or its batches changed"), *lines]
-        if value["how"] != self.course.way.how or consumed != mark.consumed:
+        if value["how"] != course.way.how or consumed != mark.consumed:
             # Noted for another way, or of other batches: it would be set at the wrong ones.
-            here = Past(mark.here.start, consumed, {o: s for o, s in mark.here.known.items() if o == 1})
-            mark = replace(mark, consumed=consumed, here=here, ahead={}, past=())
+            known = {ordinal: state for ordinal, state in mark.here.known.items() if ordinal == 1}
+            mark = replace(mark, consumed=consumed, here=Past(mark.here.start, consumed, known), ahead={}, past=())
+            course.past = ()
         assert mark.here is not None
         # Saved under skip="replay" there is no state to load.
-        how = "replay" if self.course.way.how in ("state", "dataset") and mark.state is None else self.course.way.how
+        lost_state = course.way.how in ("state", "dataset") and mark.state is None
+        how: How = "replay" if lost_state else course.way.how
         goal = Goal(
             here=mark.here,
             how=how,
-            past=mark.past if how == "replay" else (),
             ahead=mark.ahead,
             own=mark.own,
             then=once.take,
-            load=None if how == "replay" else self._loading(mark),
+            load=None if lost_state else self._loading(mark),
             lost=mark.lost,
         )
-        self.course.goal = mark, goal
+        course.goal = mark, goal
+        course.at_end = mark.here.ended
+        if course.at_end:
+            course.warm = course.persistent
+            course.past = (*course.past, mark.here) if course.lives_on else ()
         cost = self.cost(mark)
         doubt = f"; NOT EXACT: {cost.doubt}" if cost.doubt else ""
         return [("data", f"epoch {mark.epoch}, behind batch {consumed} ({cost}){doubt}"), *lines]
