@@ -21,7 +21,7 @@ from lastgood.store import local
 
 FROM = 500
 """A run with fewer checkpoints is read anew every time."""
-VERSION = 1
+VERSION = 2
 
 Listing = tuple[list[dict[str, Any]], dict[str, Any]]
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lastgood.errors import UsageError, wrong_type
-from lastgood.policy import Keep, known_mode
+from lastgood.policy import Keep
+from lastgood.ranking import known_mode
 
 MISSABLE = frozenset({"optimizer", "scheduler", "rng", "scaler", "data", "progress", "base_model", "callbacks"})
 """What `allow_missing` may name: every part but the weights, and the frozen base under an adapter."""
