@@ -13,6 +13,7 @@ import msgspec
 
 from lastgood import policy
 from lastgood.errors import NotEnoughSpace, Refused, UsageError
+from lastgood.formula import parse
 from lastgood.layouts.found import modified
 from lastgood.manager import RESERVE
 from lastgood.model import TRAINERS, Record
@@ -150,6 +151,7 @@ def ranks(view: View, monitor: str) -> None:
     """
     own = [record for record in view.records if record.ours]
     known = sorted({name for record in own for name in record.metrics})
+    parse(monitor)  # a slip in a formula is named as such
     for name in () if monitor in known else needs(monitor):
         if known and not set(also_called(name)) & set(known):
             raise UsageError(

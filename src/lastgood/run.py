@@ -11,6 +11,7 @@ from typing import Any, Literal
 from lastgood import policy, ranking
 from lastgood.checkpoint import Checkpoint
 from lastgood.errors import NoCheckpoint, UsageError
+from lastgood.formula import parse
 from lastgood.model import Record, Span, lineage_in_force
 from lastgood.policy import Keep
 from lastgood.ranking import Mode, known_mode
@@ -129,6 +130,7 @@ class Run:
         chosen = name if name is not None else next(iter(own), None)
         if chosen is None:
             raise UsageError("best by which metric?", hint="best('eval_loss')")
+        parse(chosen)  # a slip in a formula is named as such
         if mode not in (None, "min", "max"):
             raise UsageError(f"mode={mode!r} is neither 'min' nor 'max'")
         direction = mode or own.get(chosen) or known_mode(chosen)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lastgood.errors import UsageError
+from lastgood.formula import parse
 from lastgood.ranking import Mode, known_mode
 
 
@@ -33,6 +34,7 @@ def aims(word: str) -> dict[str, Mode]:
     found: dict[str, Mode] = {}
     for part in filter(None, map(str.strip, _outside_brackets(word))):
         name, way = split(part)
+        parse(name)  # a slip in a formula is named as such
         direction = way or known_mode(name)
         if direction is None:
             raise UsageError(f"is a lower or a higher {name} better?", hint=f"{name}:min or {name}:max")
