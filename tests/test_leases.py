@@ -22,7 +22,7 @@ from lastgood.format.tensors import Tensor
 from lastgood.manager import Manager
 from lastgood.policy import OPTIONS, Keep
 from lastgood.repo import gc, journal, leases
-from lastgood.repo.lock import boot
+from lastgood.repo.layout import boot
 from lastgood.repo.read import records
 from lastgood.repo.staging import Staging
 from lastgood.view import look

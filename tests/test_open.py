@@ -61,6 +61,7 @@ def test_a_checkpoint_says_everything_that_its_record_says(tmp_path: Path) -> No
         assert getattr(checkpoint, name) == getattr(record.manifest, name)
     assert checkpoint.path == tmp_path / "checkpoint-1" and checkpoint.problems() == ()
     assert str(checkpoint.path) in repr(checkpoint)
+    assert {checkpoint, lastgood.open(tmp_path).latest()} == {checkpoint} and checkpoint != record
 
 
 def test_a_part_comes_back_bit_for_bit_under_every_name(tmp_path: Path) -> None:

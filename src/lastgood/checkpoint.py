@@ -5,21 +5,17 @@ Only `load` and `tensor` need torch, which is imported when they are called.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lastgood.errors import Conflict, CorruptCheckpoint, NotSupported, UsageError
-from lastgood.format import manifest as codec
 from lastgood.format.strict import loads
 from lastgood.format.tensors import read_header
 from lastgood.model import FileEntry, Manifest, Record, Span, State
 from lastgood.repo import journal, metrics, pins, verify
-from lastgood.repo.layout import step_of
-from lastgood.repo.read import held_by
+from lastgood.repo.read import held_by, id_at
 from lastgood.store import local
 from lastgood.talk import warn
 
@@ -32,7 +28,7 @@ EXTRA = "extra.safetensors"
 NAMES = "tensors.json"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
     """A handle: what was on disk when the run was asked for it; metrics and names are read anew each time."""
 
@@ -41,6 +37,15 @@ class Checkpoint:
 
     def __repr__(self) -> str:
         return f"<Checkpoint {self.path} step={self.step} state={self.state}>"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Checkpoint) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self) -> tuple[Path, str]:
+        return self.root, self.id or self.name
 
     # ---- what it is ----------------------------------------------------------------------
 
@@ -258,7 +263,7 @@ class Checkpoint:
         checked = {name: metrics.checked(name, value) for name, value in {**(values or {}), **more}.items()}
         if not checked:
             raise UsageError("nothing to record", hint="record(mmlu=0.61)")
-        there = _id_at(self.path)
+        there = id_at(self.path)
         if there not in (None, self.id):
             raise Conflict(
                 f"{self.path} holds another checkpoint by now: the run went back, and saved step {self.step} again."
@@ -306,12 +311,3 @@ class Checkpoint:
                 f"{self.name} has no manifest of this run, so there is nothing to {verb}",
                 hint="`lastgood adopt` gives the checkpoints of a stock Trainer manifests",
             )
-
-
-def _id_at(path: Path) -> str | None:
-    """The id of the checkpoint in a directory; None where there is none."""
-    with suppress(OSError, ValueError, AttributeError, RecursionError):
-        if step_of(path.name) is not None:
-            value = json.loads(local.read(path / codec.NAME, codec.LIMIT)).get("id")
-            return value if isinstance(value, str) else None
-    return None

@@ -69,7 +69,7 @@ class Manager:
             lock = RunLock(self.root)
             lock.acquire(takeover=takeover)
             self._lock = lock
-            gc.sweep(self.root)
+            gc.sweep(self.root, self._sightings)
             self._recover_identity()
         except OSError as error:
             if isinstance(error, LastgoodError):
@@ -208,7 +208,7 @@ class Manager:
         free, inodes = local.free(self.root)
         if free >= estimate + RESERVE and (inodes < 0 or inodes > 64):
             return
-        gc.sweep(self.root)  # leftovers of interrupted saves and deletions are the first to go
+        gc.sweep(self.root, self._sightings)  # leftovers of interrupted saves and deletions are the first to go
         free, inodes = local.free(self.root)
         # In vain it isn't emptied: without enough in it, the save fails just the same.
         enough = free + bin.size(self.root) >= estimate + RESERVE

@@ -81,8 +81,10 @@ def execute(root: Path, todo: Plan, *, undoable: str | None = None, sightings: l
     """
     if undoable is not None and any(item.action == "delete" for item in todo.items):
         _reserve_numbers(root, todo)
+    patience = 10.0
     for item in todo.items:
-        with leases.alone(root):
+        with leases.alone(root, patience) as had:
+            patience = patience if had else 0.1  # somebody was stopped while holding it: waited for once, not each time
             why = _held_now(root, item.record.id, sightings)
             if why:  # by somebody else since the plan was made: that needs no lock of the run
                 journal.append(root, "spared", step=item.record.step, id=item.record.id, reasons=[why])
@@ -161,8 +163,11 @@ def _guard(directory: Path, light: Manifest) -> None:
                 local.replace(directory / name, guard.content(name))
 
 
-def sweep(root: Path) -> None:
-    """Remove what interrupted saves, deletions and strips left. Only the holder of the run's lock may call it."""
+def sweep(root: Path, sightings: leases.Sightings | None = None) -> None:
+    """Remove what interrupted saves, deletions and strips left. Only the holder of the run's lock may call it.
+
+    sightings: of leases, by a process that goes on.
+    """
     if hidden(root).is_symlink():
         return
     for place in ("tmp", "trash"):
@@ -175,7 +180,7 @@ def sweep(root: Path) -> None:
     for name in local.names(hidden(root)):
         if local.torn(name, OWN):
             local.unlink(hidden(root, name))
-    leases.sweep(root)
+    leases.sweep(root, sightings)
     held_back = bin.held_back(root)
     for record in records(root):
         for name in local.names(root / record.name):

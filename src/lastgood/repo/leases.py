@@ -12,20 +12,22 @@ import json
 import math
 import os
 import re
-import socket
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from lastgood.errors import UsageError
-from lastgood.repo.layout import hidden
-from lastgood.repo.lock import boot
+from lastgood.repo.layout import boot, hidden
+from lastgood.repo.read import id_at
 from lastgood.store import local
+
+if TYPE_CHECKING:
+    import threading
 
 FOLDER = "leases"
 GRACE = 3600.0
@@ -83,7 +85,7 @@ class Held:
 
     path: Path
     lease: Lease
-    done: threading.Event = field(default_factory=threading.Event)
+    done: threading.Event
 
     def drop(self) -> None:
         """The checkpoint is let go of. What can't be removed now expires. In a forked process nothing happens."""
@@ -110,12 +112,15 @@ class Held:
 
 def take(root: Path, id: str, name: str, seconds: float) -> Held | None:
     """Hold a checkpoint (its id and its directory's name); None if it is gone. Raises OSError, UsageError."""
+    import threading  # what only looks starts faster without
+
     check(seconds)
     local.make_dirs(hidden(root, FOLDER))
-    held = Held(hidden(root, FOLDER, f"{id}.{os.urandom(4).hex()}"), _from_now(float(seconds), 0))
+    path = hidden(root, FOLDER, f"{id}.{os.urandom(4).hex()}")
+    held = Held(path, _from_now(float(seconds), 0), threading.Event())
     with alone(root):  # nobody is between "nobody holds it" and its deletion
         local.replace(held.path, _content(held.lease))
-        if local.size(root / name / "lastgood.json") is None:
+        if id_at(root / name) != id:
             held.drop()
             return None
     threading.Thread(target=held.go_on, name=f"lease {name}", daemon=True).start()
@@ -164,22 +169,22 @@ def sweep(root: Path, sightings: Sightings | None = None) -> None:
 
 
 @contextmanager
-def alone(root: Path) -> Iterator[None]:
-    """Whoever takes a lease and whoever deletes, one after the other.
+def alone(root: Path, patience: float = 10.0) -> Iterator[bool]:
+    """Whoever takes a lease and whoever deletes, one after the other; gives whether the lock could be had.
 
-    Where no lock can be made (a full disk: what is deleted makes the room), or somebody stopped while holding it, it
-    goes on without: the one who takes a lease looks whether the checkpoint is still there.
+    patience: seconds to wait for it. Where no lock can be made (a full disk: what is deleted makes the room), or
+    somebody was stopped while holding it, it goes on without: who takes a lease looks whether the checkpoint is there.
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(hidden(root, f"{FOLDER}.lock"), timeout=10)
+    lock = FileLock(hidden(root, f"{FOLDER}.lock"), timeout=patience)
     try:
         lock.acquire()
     except (OSError, Timeout):
-        yield
+        yield False
         return
     try:
-        yield
+        yield True
     finally:
         lock.release()
 
@@ -202,6 +207,8 @@ def _leases(root: Path) -> list[tuple[str, Lease | None]]:
 
 
 def _from_now(seconds: float, beat: int) -> Lease:
+    import socket
+
     return Lease(
         host=socket.gethostname(), pid=os.getpid(), until=round(time.time() + seconds, 3), seconds=seconds,
         boot=boot(), uptime=round(time.monotonic() + seconds, 3), beat=beat,

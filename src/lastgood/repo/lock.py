@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lastgood.errors import RunLocked
-from lastgood.repo.layout import hidden
+from lastgood.repo.layout import boot, hidden
 from lastgood.store import local
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -144,11 +144,3 @@ def _start_time(pid: int) -> str | None:
         return None
     fields = text.rpartition(")")[2].split()
     return None if fields[0] == "Z" else fields[19]
-
-
-def boot() -> str | None:
-    """What tells one start of this machine from the next; None where the system has no such thing."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return None
