@@ -1,6 +1,6 @@
 """Checkpoint management for fine-tuning: there is always a last good checkpoint, and the best one is never lost.
 
-Nothing here imports torch until a Trainer is managed.
+Nothing here imports torch until a Trainer is managed or tensors are loaded.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lastgood.checkpoint import Checkpoint as Checkpoint
     from lastgood.doctor.diagnose import diagnose as diagnose
     from lastgood.doctor.finding import Finding as Finding
     from lastgood.errors import (
@@ -54,10 +55,12 @@ if TYPE_CHECKING:
     from lastgood.policy import Keep as Keep
     from lastgood.run import Run as Run
     from lastgood.run import open as open
+    from lastgood.watching import watch as watch
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Checkpoint": "lastgood.checkpoint",
     "CheckpointManager": "lastgood.integrations.torch.manager",
     "Conflict": "lastgood.errors",
     "CorruptCheckpoint": "lastgood.errors",
@@ -79,6 +82,7 @@ _HOMES = {
     "manage": "lastgood.integrations.transformers.manage",
     "open": "lastgood.run",
     "plan": "lastgood.planner.plan",
+    "watch": "lastgood.watching",
 }
 
 __all__ = list(_HOMES)

@@ -104,6 +104,13 @@ def whole(root: Path, record: Record) -> Manifest | None:
         return None
 
 
+def id_at(path: Path) -> str | None:
+    """The id of the checkpoint in a directory; None where there is none, or none that can be read."""
+    with suppress(OSError, CorruptCheckpoint):
+        return codec.outline(local.read(path / codec.NAME, codec.LIMIT), codec.NAME).id
+    return None
+
+
 def missing(directory: Path | str, manifest: Manifest) -> str:
     """The first files that aren't there with the recorded size, in words; "" if all are."""
     faults = []
