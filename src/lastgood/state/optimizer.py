@@ -41,20 +41,28 @@ def clean(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
-def capture(optimizer: Any, live: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """(JSON, tensors). The tensors are the live ones: write them before the next step."""
+def capture(
+    optimizer: Any, live: Mapping[str, torch.Tensor], prefix: str = ""
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """(JSON, tensors). The tensors are the live ones: write them before the next step.
+
+    prefix: of their names, where the states of several optimizers share a file.
+    """
     inner = plain(optimizer)
     names = parameter_names(inner, live)
     flat = [name for group in names for name in group]
     state = inner.state_dict()
     tensors: dict[str, torch.Tensor] = {}
     values = {
-        flat[index]: tree.encode(entry, tensors, f"state.{flat[index]}") for index, entry in state["state"].items()
+        flat[index]: tree.encode(entry, tensors, f"{prefix}state.{flat[index]}")
+        for index, entry in state["state"].items()
     }
     groups = [
         {
             "names": group_names,
-            "values": tree.encode({k: v for k, v in group.items() if k != "params"}, tensors, f"group.{number}"),
+            "values": tree.encode(
+                {k: v for k, v in group.items() if k != "params"}, tensors, f"{prefix}group.{number}"
+            ),
         }
         for number, (group, group_names) in enumerate(zip(state["param_groups"], names, strict=True))
     ]
@@ -63,7 +71,7 @@ def capture(optimizer: Any, live: Mapping[str, torch.Tensor]) -> tuple[dict[str,
         "class": f"{type(inner).__module__}.{type(inner).__qualname__}",
         "state": values,
         "groups": groups,
-        "rest": tree.encode(rest, tensors, "rest"),
+        "rest": tree.encode(rest, tensors, f"{prefix}rest"),
     }, tensors
 
 
