@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,10 +62,10 @@ class Keeper:
         return len(self.rows)
 
     def __iter__(self) -> Any:
+        self.at %= len(self.rows)
         while self.at < len(self.rows):
             self.at += 1
             yield self.rows[self.at - 1]
-        self.at = 0
 
     def state_dict(self) -> dict[str, Any]:
         return {"at": self.at}
@@ -185,9 +187,20 @@ class StopAt(pl.Callback):
             self.how()
 
 
+class Signal(pl.Callback):
+    """SIGTERM to this process while it works on a batch, counted from 1."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx + 1 == self.batch:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 @dataclass(frozen=True)
 class Case:
-    """One row of the exactness matrix: 6 batches an epoch, 3 epochs."""
+    """One row of the exactness matrix: 6 batches an epoch, 2 epochs."""
 
     name: str
     model: Any = Model
@@ -197,7 +210,7 @@ class Case:
     every: int = 2
     options: dict[str, Any] = field(default_factory=dict)
     callbacks: Any = None
-    stops: tuple[int, ...] = (3, 6, 9)
+    stops: tuple[int, ...] = (4, 7)
     validate: bool = True
 
     def loaders(self) -> tuple[Any, Any]:
@@ -223,11 +236,14 @@ class Case:
         callback = lastgood.LightningCheckpoint(root, **options) if root is not None else stock
         logger = Rows2()
         callbacks = [*(self.callbacks() if self.callbacks else ()), *extra, *([] if callback is None else [callback])]
-        settings = {"max_epochs": 3, "log_every_n_steps": 1, **self.trainer}
+        settings = {"max_epochs": 2, "log_every_n_steps": 1, **self.trainer}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*is set, but there is no last checkpoint available.*")
             warnings.filterwarnings("ignore", ".*does not have many workers.*")
             warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
+            warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint.*")
+            warnings.filterwarnings("ignore", ".*checkpoint that ended before the epoch ended.*")
+            warnings.filterwarnings("ignore", ".*but have no `val_dataloader`.*")
             trainer = pl.Trainer(
                 accelerator="cpu",
                 logger=logger,

@@ -6,11 +6,11 @@ import functools
 import importlib.metadata
 from typing import Any
 
-from lastgood.integrations.lightning.values import plain
 from lastgood.integrations.transformers import settings
 from lastgood.model import Manifest
 from lastgood.redact import masked
 from lastgood.report import Change
+from lastgood.state.plain import plain
 
 ARGUMENTS = (
     "max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm",

@@ -7,38 +7,29 @@ reads best_model_path find what they look for; none of the saving code of the or
 from __future__ import annotations
 
 import functools
-import importlib
 import os
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from lastgood import policy
-from lastgood.errors import LastgoodError, NotSupported, UsageError, wrong_type
+from lastgood.errors import LastgoodError, UsageError, wrong_type
 from lastgood.integrations.lightning import options
+from lastgood.integrations.lightning.flavour import flavour, gate_class, io_class, module
 from lastgood.integrations.lightning.io import Reading
-from lastgood.integrations.lightning.session import Session, best, path_of
+from lastgood.integrations.lightning.session import Session
+from lastgood.integrations.lightning.shown import Shown
+from lastgood.integrations.lightning.target import path_of
 from lastgood.manager import Manager
-from lastgood.model import Record
 from lastgood.policy import Keep
-from lastgood.repo.read import records
+from lastgood.state import rng
 from lastgood.talk import say, warn
 
 STATUS = 75
 """Exit status after a SIGTERM whose checkpoint is on disk: EX_TEMPFAIL, launch it again."""
 
-KNOWN = (
-    "dirpath", "monitor", "mode", "save_top_k", "save_last", "every_n_train_steps", "train_time_interval",
-    "every_n_epochs", "save_on_train_epoch_end", "save_on_exception", "save_weights_only", "verbose",
-    "keep", "on_error", "resume", "verify",
-)  # fmt: skip
 
-
-class Checkpointing:
+class Checkpointing(Shown):
     """The methods of LightningCheckpoint; `checkpoint_class` puts them above a ModelCheckpoint.
 
     dirpath: the run directory; None: `checkpoints` in the trainer's default_root_dir, the same at every launch.
@@ -86,7 +77,7 @@ class Checkpointing:
         verify: Literal["full", "quick"] = "full",
         **other: Any,
     ) -> None:
-        options.refuse(other, KNOWN)
+        options.refuse(other)
         for name, value, allowed in (
             ("on_error", on_error, ("warn", "raise")),
             ("resume", resume, ("auto", None)),
@@ -99,6 +90,7 @@ class Checkpointing:
         self._best_path = ""
         if keep is not None and monitor is None and isinstance(keep, Keep):
             monitor, mode = keep.monitor, keep.mode or mode
+        self.keep = options.retention(keep, monitor=monitor, mode=mode, save_top_k=save_top_k, save_last=save_last)
         super().__init__(  # type: ignore[call-arg]
             dirpath=None if dirpath is None else os.fspath(dirpath),
             monitor=monitor,
@@ -113,54 +105,7 @@ class Checkpointing:
             save_weights_only=save_weights_only,
             verbose=verbose,
         )
-        self.keep = options.retention(keep, monitor=monitor, mode=mode, save_top_k=save_top_k, save_last=save_last)
         self.on_error, self.resume, self.verify = on_error, resume, verify
-
-    # ---- what user code reads ------------------------------------------------------------
-
-    @property
-    def best_model_path(self) -> str:
-        """The best checkpoint's directory by the monitor, without one the newest; "" if there is none."""
-        if self._session is None and self.dirpath is not None:
-            self._refresh()
-        return self._best_path
-
-    @best_model_path.setter
-    def best_model_path(self, value: str) -> None:
-        self._best_path = value
-
-    @property
-    def report(self) -> Any:
-        """What the last resume brought back (lastgood.report.Report); None after a fresh start."""
-        session = self._session or self._last_session
-        return None if session is None else session.report
-
-    def _refresh(self) -> None:
-        """The attributes of ModelCheckpoint as the directory has it now."""
-        root = Path(str(self.dirpath))
-        found = records(root) if self.keep is not None and root.is_dir() else ()
-        keep = self.keep or Keep()
-        mine = [record for record in found if record.ours and record.current]
-        ranked: tuple[Record, ...] = ()
-        if keep.monitor is not None and keep.mode is not None:
-            ranked = policy.ranking(mine, keep.monitor, keep.mode)
-        top = ranked[: keep.best] if keep.best is not None else ranked
-        self.best_k_models = {path_of(root, r): _score(r, keep) for r in top}
-        self._best_path = path_of(root, best(found, keep))
-        self.best_model_score = _score(ranked[0], keep) if ranked else None
-        self.kth_best_model_path = path_of(root, top[-1]) if top else ""
-        if top:
-            self.kth_value = _score(top[-1], keep)
-        newest = max(mine, key=lambda record: record.seq, default=None)
-        self.last_model_path = path_of(root, newest)
-        self.current_score = _score(newest, keep) if newest is not None and newest in ranked else None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: what there is to know stands in the run directory, which may be moved."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing, also from a ModelCheckpoint."""
 
     # ---- ckpt_path -----------------------------------------------------------------------
 
@@ -192,18 +137,19 @@ class Checkpointing:
     # ---- events --------------------------------------------------------------------------
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if not isinstance(trainer, _module(self._flavour).Trainer):
+        if not isinstance(trainer, module(self._flavour).Trainer):
             raise UsageError(
                 f"this callback was made for {self._flavour}, the Trainer is {type(trainer).__module__}'s",
                 hint="lastgood.integrations.lightning.callback.checkpoint_class('pytorch_lightning') makes the other",
             )
-        supported(trainer, pl_module)
+        options.supported(trainer, pl_module)
         self._place(trainer)
         reading = trainer.strategy.checkpoint_io
         if not isinstance(reading, Reading):
             reading = io_class(self._flavour)(reading)
             trainer.strategy.checkpoint_io = reading
         reading.session = None
+        reading.manager = Manager(root=Path(str(self.dirpath)), keep=self.keep or Keep(), verify=self.verify)
         if stage != "fit" or trainer.fast_dev_run or self.keep is None:
             return
         session = reading.session = self._open(trainer)
@@ -289,7 +235,7 @@ class Checkpointing:
             session.land()
         elif session.due or (self._epoch_due(trainer) and not self._should_save_on_train_epoch_end(trainer)):
             self._save("validate", ahead=session._ahead())
-        session.clean = _generators()
+        session.clean = rng.capture()
         session.fresh.mark(trainer)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
@@ -396,93 +342,12 @@ class Checkpointing:
         self._last_session, self._session = self._session, None
 
 
-def _generators() -> Any:
-    from lastgood.state import rng
-
-    return rng.capture()
-
-
-def _score(record: Record, keep: Keep) -> torch.Tensor | None:
-    value = None if keep.monitor is None else policy.metric_of(record, keep.monitor)
-    return None if value is None else torch.tensor(value, dtype=torch.float64)
-
-
-def supported(trainer: Any, module: Any) -> None:
-    """Raise NotSupported for set-ups whose state would be saved only in part."""
-    strategy = type(trainer.strategy).__name__
-    if trainer.world_size > 1 or trainer.num_devices > 1 or strategy != "SingleDeviceStrategy":
-        raise NotSupported(
-            f"LightningCheckpoint can't save a run with {strategy} on {trainer.world_size} devices yet",
-            hint="train on one device (Trainer(devices=1, strategy='auto')), or use ModelCheckpoint for this run",
-        )
-    from inspect import signature
-
-    if "dataloader_iter" in signature(module.training_step).parameters:
-        raise NotSupported(
-            "training_step(dataloader_iter) fetches its batches itself: where it stands can't be restored",
-            hint="take the batch as training_step(batch, batch_idx), or use ModelCheckpoint for this run",
-        )
-
-
-# ---- classes for both import names of Lightning ---------------------------------------------
-
-
-def _module(flavour: str) -> Any:
-    return importlib.import_module(flavour)
-
-
-def flavour() -> str:
-    """The import name that the program uses: what it has imported already, else what is installed."""
-    for name in ("lightning.pytorch", "pytorch_lightning"):
-        if name in sys.modules:
-            return name
-    try:
-        importlib.import_module("lightning.pytorch")
-    except ModuleNotFoundError:
-        return "pytorch_lightning"
-    return "lightning.pytorch"
-
-
 @functools.cache
 def checkpoint_class(name: str) -> type[Any]:
     """LightningCheckpoint for `lightning.pytorch` or `pytorch_lightning`."""
-    base = _module(f"{name}.callbacks").ModelCheckpoint
+    base = module(f"{name}.callbacks").ModelCheckpoint
     body = {"_flavour": name, "__module__": __name__, "__doc__": Checkpointing.__doc__}
     return type("LightningCheckpoint", (Checkpointing, base), body)
-
-
-@functools.cache
-def gate_class(name: str) -> type[Any]:
-    """The callback that comes before all others: what they do at these events comes after the save."""
-
-    class Gate(_module(f"{name}.callbacks").Callback):  # type: ignore[misc]
-        def __init__(self, owner: Any) -> None:
-            self.owner = owner
-
-        def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-            self.owner.before_validation(trainer)
-
-        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-            self.owner.before_epoch(trainer)
-
-        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-            self.owner.before_epoch_end(trainer)
-
-        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-            self.owner.before_train_end(trainer)
-
-    return Gate
-
-
-@functools.cache
-def io_class(name: str) -> type[Any]:
-    """The CheckpointIO plugin for `lightning.pytorch` or `pytorch_lightning`."""
-
-    def init(self: Any, before: Any = None) -> None:
-        self.before = before
-
-    base = _module(f"{name}.plugins").CheckpointIO
-    return type("LightningIO", (Reading, base), {"__init__": init, "__module__": __name__, "__doc__": Reading.__doc__})
 
 
 def __getattr__(name: str) -> Any:

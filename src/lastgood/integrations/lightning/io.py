@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lastgood.errors import NoCheckpoint, Refused
-from lastgood.integrations.lightning import files
-from lastgood.integrations.lightning.session import verified
+from lastgood.errors import CorruptCheckpoint, NoCheckpoint, Refused
+from lastgood.integrations.lightning.target import best, verified
+from lastgood.manager import Manager
+from lastgood.model import Record
+from lastgood.state import lightning as files
+from lastgood.talk import warn
 
 if TYPE_CHECKING:
     from lastgood.integrations.lightning.session import Session
@@ -29,6 +32,7 @@ class Reading:
 
     before: Any = None
     session: Session | None = None
+    manager: Manager | None = None  # of the run that the callback writes, for reading alone
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         if self.session is not None and self.session.staging is not None:
@@ -44,8 +48,24 @@ class Reading:
         if self.session is not None and self.session.trainer is not None and self.session.trainer.state.fn == "fit":
             self.session.model_ready(self.session.trainer.lightning_module)
             return self.session.load(Path(path), self.session.trainer)
-        verified(Path(path), full=True)
-        return files.read_whole(Path(path))
+        place = Path(path)
+        try:
+            record = verified(place, full=True)
+        except CorruptCheckpoint as error:
+            record, place = self._instead(place, error)
+        return files.read_whole(place, () if record.manifest is None else record.manifest.files)
+
+    def _instead(self, path: Path, error: CorruptCheckpoint) -> tuple[Record, Path]:
+        """The next best good one where the best is damaged and ckpt_path="best" named it."""
+        if self.manager is None or path.absolute().parent != self.manager.root.absolute():
+            raise error
+        named, others = path.name, self.manager.records()
+        first = best(tuple(others), self.manager.keep)
+        if first is None or first.name != named or self.manager.keep.monitor is None:
+            raise error
+        found = self.manager.find("best", full=False)
+        warn(f"{error.message}; the next best good one is loaded: {found.record.name}")
+        return found.record, self.manager.root / found.record.name
 
     def remove_checkpoint(self, path: Any) -> None:
         if ours(path):

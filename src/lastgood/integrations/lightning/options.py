@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
-from lastgood.errors import UsageError, wrong_type
+from lastgood.errors import NotSupported, UsageError, wrong_type
 from lastgood.policy import Keep
 
 NOT_HERE = {
@@ -15,12 +16,19 @@ NOT_HERE = {
 """Options of ModelCheckpoint that have no meaning for a run directory."""
 
 
-def refuse(other: dict[str, Any], known: tuple[str, ...]) -> None:
+KNOWN = (
+    "dirpath", "monitor", "mode", "save_top_k", "save_last", "every_n_train_steps", "train_time_interval",
+    "every_n_epochs", "save_on_train_epoch_end", "save_on_exception", "save_weights_only", "verbose",
+    "keep", "on_error", "resume", "verify",
+)  # fmt: skip
+
+
+def refuse(other: dict[str, Any]) -> None:
     """Raise UsageError for options that ModelCheckpoint has and we don't, or that nobody has."""
     for name in other:
         if name in NOT_HERE:
             raise UsageError(f"{name} doesn't apply: {NOT_HERE[name]}", hint=f"leave {name} out")
-        raise UsageError(f"LightningCheckpoint has no option {name!r}", hint=f"the options are {', '.join(known)}")
+        raise UsageError(f"LightningCheckpoint has no option {name!r}", hint=f"the options are {', '.join(KNOWN)}")
 
 
 def retention(
@@ -50,3 +58,18 @@ def retention(
     if save_top_k == -1:
         return Keep(**ranked)
     return Keep(last=1, best=save_top_k if monitor is not None else None, **ranked)
+
+
+def supported(trainer: Any, module: Any) -> None:
+    """Raise NotSupported for set-ups whose state would be saved only in part."""
+    strategy = type(trainer.strategy).__name__
+    if trainer.world_size > 1 or trainer.num_devices > 1 or strategy != "SingleDeviceStrategy":
+        raise NotSupported(
+            f"LightningCheckpoint can't save a run with {strategy} on {trainer.world_size} devices yet",
+            hint="train on one device (Trainer(devices=1, strategy='auto')), or use ModelCheckpoint for this run",
+        )
+    if "dataloader_iter" in signature(module.training_step).parameters:
+        raise NotSupported(
+            "training_step(dataloader_iter) fetches its batches itself: where it stands can't be restored",
+            hint="take the batch as training_step(batch, batch_idx), or use ModelCheckpoint for this run",
+        )

@@ -2,57 +2,27 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from lastgood import policy
-from lastgood.errors import CorruptCheckpoint, NoCheckpoint, NotSupported
-from lastgood.integrations.lightning import about, files, metrics, moment, state
+from lastgood.errors import NoCheckpoint, NotSupported
+from lastgood.integrations.lightning import about, metrics, moment, state
 from lastgood.integrations.lightning.metrics import Fresh, Means
 from lastgood.integrations.lightning.moment import Where
 from lastgood.integrations.lightning.state import Moment, Weights
-from lastgood.integrations.lightning.stream import Keeping, Place, Watched, Watching, keeps_state
+from lastgood.integrations.lightning.stream import Keeping, Watched, Watching, keeps_state
+from lastgood.integrations.lightning.target import Landing, Target, verified
 from lastgood.manager import Found, Manager
 from lastgood.model import Record, checkpoint_name
-from lastgood.policy import Keep
-from lastgood.repo import journal, verify
-from lastgood.repo.read import records
+from lastgood.repo import journal
 from lastgood.repo.staging import Staging
 from lastgood.report import Report
-from lastgood.state import rng, tree
+from lastgood.state import lightning as files
+from lastgood.state import rng
 from lastgood.state.fingerprint import live_tensors
 from lastgood.talk import say
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
-    """The checkpoint to go on from. own: it is of the run in this directory, which therefore goes on."""
-
-    path: Path
-    record: Record
-    own: bool
-    skipped: tuple[tuple[str, str], ...] = ()
-
-
-@dataclass(slots=True)
-class Landing:
-    """A resume that is under way: the loops have to come to the line where the save was made."""
-
-    saved: dict[str, Any]
-    tensors: dict[str, torch.Tensor]
-
-    @property
-    def where(self) -> Where:
-        where: Where = self.saved["progress"]["where"]
-        return where
-
-    def places(self, kind: str) -> list[Place]:
-        return [Place.decode(value, self.tensors) for value in self.saved["data"][kind]]
 
 
 @dataclass(slots=True)
@@ -124,9 +94,9 @@ class Session:
                 hint="resume it with the kind of loop that wrote it, or load its weights",
             )
         self.landing = Landing(saved, tensors)
-        self.checkpoint = files.read_whole(path)
+        self.checkpoint = files.read_whole(path, target.record.manifest.files if target.record.manifest else ())
         self.checkpoint["loops"] = {
-            **tree.decode(saved["lightning"]["loops"], tensors),
+            **self.checkpoint["loops"],
             "fit_loop": moment.arriving(saved["lightning"]["exact"], self.landing.where, stop_at=trainer.max_steps),
         }
         self.watching.resuming, self.watching.dormant = True, self.landing.where == "epoch"
@@ -146,6 +116,7 @@ class Session:
         restored += state.restore_optimizers(trainer.optimizers, live_tensors(module), landing.saved, landing.tensors)
         assert self.checkpoint is not None
         self.checkpoint["optimizer_states"] = []  # they are loaded, by parameter name and without casts
+        state.restore_averages(trainer, landing.tensors)
         schedulers = landing.saved["schedulers"]
         if schedulers:
             restored.append(("scheduler", f"{len(schedulers)}"))
@@ -218,9 +189,8 @@ class Session:
         for loader in loaders(trainer.fit_loop):
             if type(loader) is Keeping and not keeps_state(loader.loader):
                 loader.__class__ = Watched  # type: ignore[assignment]
-        if landing.where == "epoch":
-            for loader, place in zip(loaders(trainer.fit_loop), landing.places("loaders"), strict=False):
-                loader.set_own(place.own)
+        for loader, place in zip(loaders(trainer.fit_loop), landing.places("loaders"), strict=False):
+            loader.set_own(place.own)  # also of one that isn't read any more in this epoch
         if landing.where != "validate":
             validation = loaders(trainer.fit_loop.epoch_loop.val_loop)
             for loader, place in zip(validation, landing.places("evaluation"), strict=False):
@@ -239,6 +209,8 @@ class Session:
 
     def fetching(self, number: int) -> None:
         """A batch is about to be fetched: everything about the one before is done."""
+        if not self.training:
+            return  # Lightning looks ahead before the loops begin
         if self.landing is not None:
             self.land()
         elif self.due:
@@ -260,7 +232,9 @@ class Session:
             return None
         loop = trainer.fit_loop
         batches = loop.epoch_loop.batch_progress.current
-        ahead += int(where == "batch" and batches.ready > batches.processed)
+        undone = where == "batch" and batches.ready > batches.processed
+        if undone:
+            ahead = int(loop._data_fetcher.length is None)
         drawn = rng.capture()
         self.now = Moment(
             where=where,
@@ -268,7 +242,7 @@ class Session:
                 loop.state_dict(), where, ended=ended, stepped=not loop.epoch_loop._should_accumulate()
             ),
             rng=drawn if clean or self.clean is None else self.clean,
-            train=[loader.position(ahead) for loader in loaders(loop)],
+            train=[loader.position(ahead, undone=undone) for loader in loaders(loop)],
             evaluation=[loader.beginning() for loader in loaders(loop.epoch_loop.val_loop)],
             accumulating=where == "batch" and self._accumulating(),
         )
@@ -338,29 +312,3 @@ def loaders(loop: Any) -> list[Watched]:
     """The followed loaders of a loop, in Lightning's order."""
     combined = loop._combined_loader
     return [] if combined is None else [loader for loader in combined.flattened if isinstance(loader, Watched)]
-
-
-def verified(path: Path, *, full: bool) -> Record:
-    """The record of the checkpoint at `path`. Raises NoCheckpoint (none there) or CorruptCheckpoint."""
-    record = next((r for r in records(path.absolute().parent) if r.name == path.name), None)
-    if record is None or record.manifest is None:
-        raise NoCheckpoint(f"{path} is not a checkpoint of lastgood")
-    problem = record.problem if record.state == "incomplete" else ""
-    faults = [problem] if problem else verify.problems(path.absolute().parent, record, full=full)
-    if faults:
-        raise CorruptCheckpoint(
-            f"{path} is damaged: {'; '.join(faults[:3])}", hint="ckpt_path='last' takes the newest good one"
-        )
-    return record
-
-
-def best(found: tuple[Record, ...], keep: Keep) -> Record | None:
-    """The best by the monitor; without one the newest."""
-    if keep.monitor is not None and keep.mode is not None:
-        return policy.best(found, keep.monitor, keep.mode)
-    mine = [record for record in found if record.ours and record.current]
-    return max(mine, key=lambda record: record.seq, default=None)
-
-
-def path_of(root: Path, record: Record | None) -> str:
-    return "" if record is None else os.fspath(root / record.name)

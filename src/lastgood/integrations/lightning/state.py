@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from lastgood.errors import Incompatible
-from lastgood.integrations.lightning import files, metrics, values
+from lastgood.integrations.lightning import metrics, moment
 from lastgood.integrations.lightning.moment import Where
 from lastgood.integrations.lightning.stream import Place
 from lastgood.repo.staging import Staging
-from lastgood.state import optimizer, rng, tree, weights
+from lastgood.state import lightning as files
+from lastgood.state import optimizer, plain, rng, tree, weights
 from lastgood.state.fingerprint import Fingerprints, live_tensors
 from lastgood.state.rng import Rng
 from lastgood.state.tensors import named
@@ -107,23 +108,25 @@ def _write_resume(
     single = len(states) == 1
     waiting = {name: t.grad for name, t in live.items() if t.grad is not None} if now.accumulating else {}
     tensors.update({f"gradient.{name}": gradient for name, gradient in waiting.items()})
+    tensors.update(averages(trainer))
     run = {key: value for key, value in checkpoint.items() if key in ("current_model_state", "averaging_state")}
     loops = {key: value for key, value in checkpoint["loops"].items() if key != "fit_loop"}
-    schedulers = [values.state(entry, tensors, f"scheduler.{n}") for n, entry in enumerate(checkpoint["lr_schedulers"])]
+    loops["fit_loop"] = moment.arriving(now.counters, now.where, stop_at=-1)
+    schedulers = [plain.state(entry, tensors, f"scheduler.{n}") for n, entry in enumerate(checkpoint["lr_schedulers"])]
     resume = {
         "format": 1,
         "optimizer": states[0] if single else None,
         **({} if single else {"optimizers": states}),
         "scheduler": schedulers[0] if len(schedulers) == 1 else None,
         "schedulers": schedulers,
-        "scaler": values.state(checkpoint[precision], tensors, "scaler") if precision in checkpoint else None,
+        "scaler": plain.state(checkpoint[precision], tensors, "scaler") if precision in checkpoint else None,
         "rng": rng.encode(now.rng),
         "data": {
             "consumed": max((place.consumed for place in now.train), default=0) if now.where != "epoch" else 0,
             "loaders": [place.encode(tensors, f"data.{n}") for n, place in enumerate(now.train)],
             "evaluation": [place.encode(tensors, f"evaluation.{n}") for n, place in enumerate(now.evaluation)],
         },
-        "callbacks": values.state(checkpoint["callbacks"], tensors, "callbacks"),
+        "callbacks": plain.state(checkpoint["callbacks"], tensors, "callbacks"),
         "progress": {
             "global_step": trainer.global_step,
             "epoch": trainer.current_epoch,
@@ -132,8 +135,10 @@ def _write_resume(
         },
         "lightning": {
             "precision": precision,
-            "run": values.state(run, tensors, "lightning"),
-            "loops": values.state({**loops, "fit_loop": now.counters}, tensors, "loops"),
+            "run": plain.state(run, tensors, "lightning"),
+            "loops": plain.state(
+                {**loops, "fit_loop": moment.arriving(now.counters, now.where, stop_at=-1)}, tensors, "loops"
+            ),
             "exact": now.counters,
             "metrics": metrics.capture(trainer, module, tensors),
             "gradients": list(waiting),
@@ -144,6 +149,27 @@ def _write_resume(
     }
     staging.tensors(files.STATE, "optimizer", named(tensors), files.METADATA)
     staging.data(files.RESUME, "progress", files.dump(resume))
+
+
+def averages(trainer: Any) -> dict[str, torch.Tensor]:
+    """Buffers of averaged models that are in no state_dict."""
+    found = {}
+    for number, callback in enumerate(one for one in trainer.callbacks if averaging(one)):
+        model = callback._average_model
+        kept = set(model.state_dict())
+        found.update({f"average.{number}.{name}": t for name, t in model.named_buffers() if name not in kept})
+    return found
+
+
+def restore_averages(trainer: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    for name, live in averages(trainer).items():
+        if name in tensors and tensors[name].shape == live.shape:
+            live.copy_(tensors[name])
+
+
+def averaging(callback: Any) -> bool:
+    """Whether it holds an average of the model (WeightAveraging, StochasticWeightAveraging)."""
+    return isinstance(getattr(callback, "_average_model", None), torch.nn.Module)
 
 
 def reloads(trainer: Any) -> list[tuple[Any, str]]:
@@ -203,7 +229,7 @@ def wake_averaging(
 def estimate(trainer: Any, module: Any, *, full: bool) -> int:
     """Bytes that a save will need: the module's tensors, the optimizers' states, and an average if there is one."""
     size = sum(t.numel() * t.element_size() for t in live_tensors(module).values())
-    total = size * (2 if full and any(hasattr(c, "_average_model") for c in trainer.callbacks) else 1)
+    total = size * (2 if full and any(averaging(c) for c in trainer.callbacks) else 1)
     for one in trainer.optimizers if full else ():
         for entry in one.state.values():
             total += sum(v.numel() * v.element_size() for v in entry.values() if isinstance(v, torch.Tensor))

@@ -125,18 +125,22 @@ class Watched:
             return iter(())
         return Iteration(self)
 
-    def position(self, ahead: int) -> Place:
-        """Where training stands, with `ahead` batches fetched that it hasn't used."""
-        consumed = max(0, self.next - 1 - ahead)
+    def position(self, ahead: int, *, undone: bool = False) -> Place:
+        """Where training stands, with `ahead` batches fetched that it hasn't used.
+
+        undone: it is in the middle of a batch, which is to be done again, from before the last fetch on.
+        """
+        following = max(self.before, default=self.next) if undone else self.next
+        consumed = max(0, following - 1 - ahead)
         return Place(
             consumed=consumed,
-            next=self.next,
+            next=following,
             start=self.start,
             first=self.first,
-            fetches={number: state for number, state in self.before.items() if consumed < number < self.next},
+            fetches={number: state for number, state in self.before.items() if consumed < number < following},
             own=[generator.get_state() for generator in own_generators(self.loader)],
             own_start=list(self.own_start),
-            state=self.loader.state_dict() if keeps_state(self.loader) and not ahead else None,
+            state=self.loader.state_dict() if keeps_state(self.loader) and not ahead and not undone else None,
         )
 
     def beginning(self) -> Place:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,8 @@ import torch
 
 from lastgood.errors import CorruptCheckpoint
 from lastgood.format import tensors as safetensors
-from lastgood.integrations.lightning import values
 from lastgood.repo.staging import Staging
-from lastgood.state import tree
+from lastgood.state import plain, tree
 from lastgood.state.tensors import from_bytes, named
 
 MODEL, EXTRA, ABOUT, ABOUT_TENSORS = "model.safetensors", "extra.safetensors", "lightning.json", "lightning.safetensors"
@@ -41,13 +40,13 @@ def write_model(staging: Staging, checkpoint: Mapping[str, Any], precision: str)
     about: dict[str, Any] = {"format": 1, "hyper": {}, "left_out": {}}
     for key in HYPER:
         if key in checkpoint:
-            about["hyper"][key], left = values.hyperparameters(checkpoint[key], tensors, key)
+            about["hyper"][key], left = plain.hyperparameters(checkpoint[key], tensors, key)
             about["left_out"] |= left
-    about["other_state"] = values.state({k: v for k, v in state.items() if k not in weights}, tensors, "state_dict")
-    about["metadata"] = values.state(dict(getattr(state, "_metadata", {})), tensors, "metadata")
+    about["other_state"] = plain.state({k: v for k, v in state.items() if k not in weights}, tensors, "state_dict")
+    about["metadata"] = plain.state(dict(getattr(state, "_metadata", {})), tensors, "metadata")
     known = {*RUN, *HYPER, *TYPES, "state_dict", precision}
     rest = {key: value for key, value in checkpoint.items() if key not in known}
-    about["rest"] = values.state(rest, tensors, "checkpoint")
+    about["rest"] = plain.state(rest, tensors, "checkpoint")
     if tensors:
         staging.tensors(ABOUT_TENSORS, "model", named(tensors), METADATA)
     staging.data(ABOUT, "model", dump(about))
@@ -65,10 +64,13 @@ def read_model(path: Path) -> dict[str, Any]:
     return {**tree.decode(about["rest"], tensors), **hyper, "state_dict": state}
 
 
-def read_whole(path: Path) -> dict[str, Any]:
-    """Lightning's dictionary, with optimizers and loops where the checkpoint is full. Raises CorruptCheckpoint."""
+def read_whole(path: Path, names: Collection[str]) -> dict[str, Any]:
+    """Lightning's dictionary, with optimizers and loops where the checkpoint is full. Raises CorruptCheckpoint.
+
+    names: the files that the manifest lists; a stripped checkpoint may still have others.
+    """
     checkpoint = read_model(path)
-    if not (path / RESUME).exists():
+    if RESUME not in names:
         return checkpoint
     saved, tensors = read_json(path / RESUME), load(path / STATE, missing=True)
     try:
@@ -76,7 +78,7 @@ def read_whole(path: Path) -> dict[str, Any]:
         checkpoint |= tree.decode(mine["run"], tensors)
         checkpoint["callbacks"] = tree.decode(saved["callbacks"], tensors)
         checkpoint["lr_schedulers"] = tree.decode(saved["schedulers"], tensors)
-        checkpoint["loops"] = mine["loops"]
+        checkpoint["loops"] = tree.decode(mine["loops"], tensors)
         if saved["scaler"] is not None:
             checkpoint[mine["precision"]] = tree.decode(saved["scaler"], tensors)
         checkpoint["optimizer_states"] = [by_number(entry, tensors) for entry in optimizers(saved)]
