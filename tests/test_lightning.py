@@ -202,7 +202,7 @@ class Scores(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(data=st.data())
 def test_kept_is_what_model_checkpoint_keeps(data: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
     """The same steps for any metrics; the newest stays besides, for a recovery."""
@@ -267,16 +267,10 @@ def test_options_are_checked() -> None:
 
 
 def test_several_devices_are_refused(tmp_path: Path) -> None:
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=1,
-        strategy="ddp",
-        max_epochs=1,
-        logger=False,
-        callbacks=[lastgood.LightningCheckpoint(tmp_path)],
-    )
+    callback = lastgood.LightningCheckpoint(tmp_path)
+    trainer = pl.Trainer(accelerator="cpu", devices=1, strategy="ddp", max_epochs=1, logger=False, callbacks=[callback])
     with pytest.raises(lastgood.NotSupported, match="DDPStrategy"):
-        trainer.fit(Model(), DataLoader([0]))
+        trainer.fit(Model(), DataLoader([0]), DataLoader([0]))
 
 
 def test_hyperparameters_and_states_without_pickle(tmp_path: Path) -> None:

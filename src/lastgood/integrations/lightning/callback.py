@@ -44,17 +44,6 @@ class Checkpointing(Shown):
     """
 
     _flavour = "lightning.pytorch"
-    # Set by ModelCheckpoint's own __init__.
-    dirpath: Any
-    save_last: bool | str | None
-    save_on_exception: bool
-    save_weights_only: bool
-    verbose: bool
-    _every_n_train_steps: int
-    _every_n_epochs: int
-    _train_time_interval: timedelta | None
-    _last_time_checked: float | None
-    _should_save_on_train_epoch_end: Any
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,17 @@ from lastgood.repo.read import records
 class Shown:
     """best_model_path, best_model_score, best_k_models, last_model_path and their like."""
 
+    # Set by ModelCheckpoint's own __init__.
     dirpath: Any
+    save_last: bool | str | None
+    save_on_exception: bool
+    save_weights_only: bool
+    verbose: bool
+    _every_n_train_steps: int
+    _every_n_epochs: int
+    _train_time_interval: timedelta | None
+    _last_time_checked: float | None
+    _should_save_on_train_epoch_end: Any
     keep: Keep | None
     _best_path: str
     _session: Session | None
