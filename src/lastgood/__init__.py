@@ -48,6 +48,13 @@ if TYPE_CHECKING:
     from lastgood.errors import (
         UsageError as UsageError,
     )
+    from lastgood.integrations.lightning.callback import (
+        LightningCheckpoint as LightningCheckpoint,
+    )
+    from lastgood.integrations.lightning.callback import (
+        LightningIO as LightningIO,
+    )
+    from lastgood.integrations.lightning.io import lightning_file as lightning_file
     from lastgood.integrations.torch.manager import CheckpointManager as CheckpointManager
     from lastgood.integrations.transformers.manage import manage as manage
     from lastgood.integrations.transformers.trainer import ManagedTrainer as ManagedTrainer
@@ -69,6 +76,8 @@ _HOMES = {
     "IncompleteRestore": "lastgood.errors",
     "Keep": "lastgood.policy",
     "LastgoodError": "lastgood.errors",
+    "LightningCheckpoint": "lastgood.integrations.lightning.callback",
+    "LightningIO": "lastgood.integrations.lightning.callback",
     "ManagedTrainer": "lastgood.integrations.transformers.trainer",
     "NoCheckpoint": "lastgood.errors",
     "NotEnoughSpace": "lastgood.errors",
@@ -79,6 +88,7 @@ _HOMES = {
     "SaveFailed": "lastgood.errors",
     "UsageError": "lastgood.errors",
     "diagnose": "lastgood.doctor.diagnose",
+    "lightning_file": "lastgood.integrations.lightning.io",
     "manage": "lastgood.integrations.transformers.manage",
     "open": "lastgood.run",
     "plan": "lastgood.planner.plan",
@@ -94,8 +104,9 @@ def __getattr__(name: str) -> Any:
     try:
         module = importlib.import_module(_HOMES[name])
     except ModuleNotFoundError as error:
-        if error.name in ("torch", "transformers", "numpy", "accelerate"):
-            raise ImportError(f"lastgood.{name} needs {error.name}: pip install 'lastgood[trl]'") from error
+        if error.name in ("torch", "transformers", "numpy", "accelerate", "lightning", "pytorch_lightning"):
+            extra = "lightning" if "lightning" in _HOMES[name] else "trl"
+            raise ImportError(f"lastgood.{name} needs {error.name}: pip install 'lastgood[{extra}]'") from error
         raise
     return getattr(module, name)
 
