@@ -134,7 +134,7 @@ def _module_tensors(value: Any) -> dict[str, torch.Tensor] | None:
 
 
 def _trained(trainer: Any, tensor: torch.Tensor) -> bool:
-    """False for what comes as it was loaded: frozen, or in the optimizer's list and never given a gradient (a guide)."""
+    """False for what comes as it was loaded: frozen, or listed in the optimizer and given no gradient ever (a guide)."""
     if not isinstance(tensor, torch.nn.Parameter):
         return True
     inner = optimizer.plain(trainer.optimizer)
