@@ -70,7 +70,7 @@ class Row:
     reads: Callable[[Path], Any] | None = None
     state: tuple[str, ...] = ()  # attributes of the trainer that have to be the same at the end
     files: tuple[str, ...] = ("model.safetensors",)
-    kills: tuple[int, ...] = (3, 4)
+    kills: tuple[int, ...] = (3,)
 
 
 # ---- transformers -------------------------------------------------------------------------
@@ -237,7 +237,7 @@ TRL = [
         trl("DPO", columns=pairs, with_=another_gpt2, sync_ref_model=True, ref_model_sync_steps=2),
         state=("ref_model",),
     ),
-    Row("grpo", trl("GRPO", **ROLLOUT), state=BUFFER),
+    Row("grpo", trl("GRPO", **ROLLOUT), state=BUFFER, kills=(3, 4)),
     Row(
         "grpo-synced",
         trl("GRPO", **ROLLOUT, beta=0.1, sync_ref_model=True, ref_model_sync_steps=2, gradient_accumulation_steps=2),
@@ -249,7 +249,7 @@ TRL = [
         state=(*BUFFER, "entropy_coef"),
         files=("adapter_model.safetensors",),
     ),
-    Row("rloo", trl("RLOO", **ROLLOUT), state=BUFFER),
+    Row("rloo", trl("RLOO", **ROLLOUT), state=BUFFER, kills=(3, 4)),
 ]  # fmt: skip
 
 # ---- sentence-transformers ----------------------------------------------------------------

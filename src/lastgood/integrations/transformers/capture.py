@@ -177,6 +177,7 @@ def estimate(trainer: Any, live: Mapping[str, torch.Tensor], *, full: bool) -> i
     adapter = hasattr(trainer.model, "peft_config")
     total = sum(t.numel() * t.element_size() for t in live.values() if t.requires_grad or not adapter)
     if full and trainer.optimizer is not None:
+        total += extras.size(trainer, live)
         for entry in optimizer.plain(trainer.optimizer).state.values():
             values = entry.values() if isinstance(entry, Mapping) else ()
             total += sum(v.numel() * v.element_size() for v in values if hasattr(v, "element_size"))
