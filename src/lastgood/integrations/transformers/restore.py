@@ -62,10 +62,12 @@ class Source:
 
     def weights(self, model: torch.nn.Module) -> None:
         """Every parameter and buffer of `model`, proven by digest."""
-        expected = _read_json(self.path / "tensors.json")["tensors"]
-        counts = weights.restore(model, expected, self._saved_weights, allow_base="base_model" in self.allow)
+        saved = _read_json(self.path / "tensors.json")
+        expected, base = saved["tensors"], "base_model" in self.allow
+        unstored = saved.get("unstored", ())
+        counts = weights.restore(model, expected, self._saved_weights, allow_base=base, unstored=unstored)
         detail = ", ".join(f"{number} {how}" for how, number in counts.items() if number)
-        self.restored.append(("model", f"all {len(expected)} tensors proven ({detail})"))
+        self.restored.append(("model", f"all {sum(counts.values())} tensors proven ({detail})"))
 
     def _saved_weights(self) -> dict[str, torch.Tensor]:
         found: dict[str, torch.Tensor] = {}
