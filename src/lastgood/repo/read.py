@@ -172,13 +172,22 @@ def _is_directory(path: str) -> bool:
 
 def held_by(root: Path) -> Mapping[str, tuple[str, ...]]:
     """checkpoint id -> the names that hold it."""
+    name = pins.NAME
     try:
-        return pins.read(root)
+        found = pins.read(root)
+        name = poison.NAME
+        poison.read(root)
     except (OSError, ValueError):
-        # Unreadable pins must not unpin anything: every checkpoint counts as held.
-        return _Everything()
+        # Unreadable pins must not unpin anything: every checkpoint counts as held. Where nobody knows which ones are
+        # poisoned all count as such, and the healthy ones among them must not go as if they were.
+        return _Everything(name)
+    return found
 
 
 class _Everything(dict[str, tuple[str, ...]]):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
     def get(self, key: str, default: object = ()) -> tuple[str, ...]:
-        return ("unreadable pins.json",)
+        return (f"unreadable {self.name}",)
