@@ -6,10 +6,10 @@ import functools
 import importlib.metadata
 from typing import Any
 
-from lastgood.integrations.transformers import settings
 from lastgood.model import Manifest
 from lastgood.redact import masked
 from lastgood.report import Change
+from lastgood.state import facts as about
 from lastgood.state.plain import plain
 
 ARGUMENTS = (
@@ -21,7 +21,7 @@ ARGUMENTS = (
 @functools.cache
 def environment() -> dict[str, str]:
     """Versions of what a bit-exact resume depends on."""
-    found = dict(settings.environment())
+    found = dict(about.environment())
     for name in ("lightning", "pytorch-lightning", "torchmetrics"):
         try:
             found[name] = importlib.metadata.version(name)
@@ -42,12 +42,12 @@ def facts(trainer: Any, module: Any) -> dict[str, Any]:
     combined = trainer.fit_loop._combined_loader
     data = [getattr(loader, "dataset", None) for loader in combined.flattened] if combined is not None else []
     if data and data[0] is not None:
-        found["data"] = settings.data_facts(data[0])
+        found["data"] = about.data_facts(data[0])
         found["batch_size"] = getattr(combined.flattened[0], "batch_size", None)
     return found
 
 
 def changes(manifest: Manifest, now: dict[str, Any]) -> list[Change]:
     """Differences in model, data and versions."""
-    found = settings.fact_changes(manifest.facts, now)
-    return found + settings.version_changes(manifest.environment, environment())
+    found = about.fact_changes(manifest.facts, now)
+    return found + about.version_changes(manifest.environment, environment())

@@ -78,7 +78,7 @@ class Checkpointing(Shown):
         self._last_session: Session | None = None
         self._best_path = ""
         if keep is not None and monitor is None and isinstance(keep, Keep):
-            monitor, mode = keep.monitor, keep.mode or mode
+            monitor, mode = keep.primary[0], keep.primary[1] or mode
         self.keep = options.retention(keep, monitor=monitor, mode=mode, save_top_k=save_top_k, save_last=save_last)
         super().__init__(  # type: ignore[call-arg]
             dirpath=None if dirpath is None else os.fspath(dirpath),

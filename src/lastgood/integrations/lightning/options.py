@@ -49,7 +49,7 @@ def retention(
                 f"keep={keep.describe()!r} and save_top_k={save_top_k}, save_last={save_last} both say what to keep",
                 hint="remove save_top_k and save_last",
             )
-        if monitor is not None and keep.monitor != monitor:
+        if monitor is not None and keep.primary[0] != monitor:
             raise UsageError(f"keep ranks by {keep.monitor}, monitor is {monitor}", hint="name one of them")
         return keep
     ranked: dict[str, Any] = {} if monitor is None else {"monitor": monitor, "mode": mode}

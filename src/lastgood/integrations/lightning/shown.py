@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lastgood import policy
+from lastgood import ranking
 from lastgood.integrations.lightning.session import Session
 from lastgood.integrations.lightning.target import best, path_of
 from lastgood.model import Record
@@ -59,8 +59,9 @@ class Shown:
         keep = self.keep or Keep()
         mine = [record for record in found if record.ours and record.current]
         ranked: tuple[Record, ...] = ()
-        if keep.monitor is not None and keep.mode is not None:
-            ranked = policy.ranking(mine, keep.monitor, keep.mode)
+        monitor, mode = keep.primary
+        if monitor is not None and mode is not None:
+            ranked = ranking.ranking(mine, monitor, mode)
         top = ranked[: keep.best] if keep.best is not None else ranked
         self.best_k_models = {path_of(root, r): _score(r, keep) for r in top}
         self._best_path = path_of(root, best(found, keep))
@@ -81,5 +82,6 @@ class Shown:
 
 
 def _score(record: Record, keep: Keep) -> torch.Tensor | None:
-    value = None if keep.monitor is None else policy.metric_of(record, keep.monitor)
+    monitor, _ = keep.primary
+    value = None if monitor is None else ranking.metric_of(record, monitor)
     return None if value is None else torch.tensor(value, dtype=torch.float64)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lastgood import policy
+from lastgood import ranking
 from lastgood.errors import CorruptCheckpoint, NoCheckpoint
 from lastgood.integrations.lightning.moment import Where
 from lastgood.integrations.lightning.stream import Place
@@ -61,8 +61,9 @@ def verified(path: Path, *, full: bool) -> Record:
 
 def best(found: tuple[Record, ...], keep: Keep) -> Record | None:
     """The best by the monitor; without one the newest."""
-    if keep.monitor is not None and keep.mode is not None:
-        return policy.best(found, keep.monitor, keep.mode)
+    monitor, mode = keep.primary
+    if monitor is not None and mode is not None:
+        return ranking.best(found, monitor, mode)
     mine = [record for record in found if record.ours and record.current]
     return max(mine, key=lambda record: record.seq, default=None)
 
