@@ -190,7 +190,13 @@ def test_marks_that_can_not_be_read_heal_nothing_and_delete_nothing(tmp_path: Pa
     made.open()
     made.retain()
     made.close()
-    assert len(records(root)) == 1, "only the newest is left of what can't be told from wreckage"
+    assert [r.state for r in records(root)] == ["full"] * 3, "nobody knows which ones are the healthy ones"
+    assert "nothing to remove" in cli.call("prune", root, "--keep-last", 1, "--yes").err
+    (root / ".lastgood" / poison.NAME).unlink()
+    made.open()
+    made.retain()
+    made.close()
+    assert [r.step for r in records(root)] == [600]
 
 
 def test_a_mark_overrules_the_manifest_and_back(tmp_path: Path) -> None:

@@ -108,8 +108,9 @@ def arguments(out: Path, **changes: Any) -> TrainingArguments:
         "disable_tqdm": True,
         "seed": 7,
     }
-    if "train_sampling_strategy" not in TrainingArguments.__dataclass_fields__ and "train_sampling_strategy" in changes:
-        changes[changes.pop("train_sampling_strategy")] = True  # its name before transformers 5
+    known = TrainingArguments.__dataclass_fields__
+    if "train_sampling_strategy" in changes and "train_sampling_strategy" not in known:  # before transformers 5
+        changes["group_by_length"] = changes.pop("train_sampling_strategy") == "group_by_length"
     return TrainingArguments(output_dir=str(out), **{**settings, **changes})
 
 

@@ -1,13 +1,13 @@
-"""A user's own loader, made to tell a stream of its iterations: its class is changed to a subclass, in place.
+"""A user's own loader, made to tell a course of its iterations: its class is changed to a subclass, in place.
 
 Nothing global is changed: another loader of the same class is as it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
@@ -15,20 +15,11 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from lastgood.errors import NotSupported
 from lastgood.state.way import REWRITE
 
-STREAM = "_lastgood_stream"
-"""The attribute of a followed loader that holds its stream."""
+COURSE = "_lastgood_course"
+"""The attribute of a followed loader that holds its course."""
 
 Role = Callable[[Any], type[Any]]
-"""Makes a subclass that tells a stream of something."""
-
-
-class Follower(Protocol):
-    """What a followed loader needs of its stream."""
-
-    def begin(self, make: Callable[[], Iterator[Any]]) -> Iterator[Any]: ...
-    def fetches(self, make: Callable[[], Iterator[Any]]) -> Iterator[Any]: ...
-    def order(self, sampler: Any) -> Any: ...
-    def turn(self) -> int: ...
+"""Makes a subclass that tells a course of something."""
 
 
 # A class whose first base isn't the loader's own can't become the class of that loader: so no mixins.
@@ -39,8 +30,8 @@ def _followed(cls: Any) -> type[Any]:
         """What the loop iterates."""
 
         def __iter__(self) -> Any:
-            original, stream = super().__iter__, of(self)
-            return original() if stream is None else stream.begin(original)
+            original, course = super().__iter__, of(self)
+            return original() if course is None else course.begin(original)
 
     return Followed
 
@@ -50,8 +41,8 @@ def _fetching(cls: Any) -> type[Any]:
         """What makes the batches: the same loader, or the torch loader inside one of Accelerate's."""
 
         def __iter__(self) -> Any:
-            original, stream = super().__iter__, of(self)
-            return original() if stream is None else stream.fetches(original)
+            original, course = super().__iter__, of(self)
+            return original() if course is None else course.fetches(self, original)
 
     return Fetching
 
@@ -62,12 +53,12 @@ def _indexed(cls: Any) -> type[Any]:
 
         @property
         def _index_sampler(self) -> Any:
-            sampler, stream = super()._index_sampler, of(self)
-            return sampler if stream is None else stream.order(sampler)
+            sampler, course = super()._index_sampler, of(self)
+            return sampler if course is None else course.order(sampler)
 
         def _get_iterator(self) -> Any:
-            original, stream = super()._get_iterator, of(self)
-            turn = 0 if stream is None else stream.turn()
+            original, course = super()._get_iterator, of(self)
+            turn = 0 if course is None else course.turn(self.num_workers)
             own = getattr(original, "__func__", None) is not DataLoader._get_iterator
             return original() if own or not turn else Turned(self, turn)
 
@@ -89,14 +80,13 @@ class Turned(_MultiProcessingDataLoaderIter):
 
 
 def of(loader: Any) -> Any:
-    """Its stream; None if it has none, or is a copy of a loader that has one."""
-    stream = getattr(loader, "__dict__", {}).get(STREAM)
-    return stream if stream is not None and (stream.loader is loader or stream.inner is loader) else None
+    """Its course; None if it has none, or is a copy of a loader that has one."""
+    whose, course = getattr(loader, "__dict__", {}).get(COURSE, (None, None))
+    return course if whose == id(loader) else None
 
 
-def attach(stream: Any) -> None:
-    """Have the loader of the stream tell it of its iterations. Raises NotSupported, and changes nothing then."""
-    loader, inner = stream.loader, stream.inner
+def attach(loader: Any, inner: Any, course: Any) -> None:
+    """Have the loader tell its course of its iterations. Raises NotSupported, and changes nothing then."""
     torch_ones = (_indexed,) if isinstance(inner, DataLoader) else ()
     if loader is inner:
         _change(loader, (*torch_ones, _fetching, _followed))
@@ -104,7 +94,7 @@ def attach(stream: Any) -> None:
         _change(inner, (*torch_ones, _fetching))
         _change(loader, (_followed,))
     for one in (loader, inner):
-        one.__dict__[STREAM] = stream
+        one.__dict__[COURSE] = (id(one), course)
 
 
 def _change(thing: Any, roles: tuple[Role, ...]) -> None:

@@ -7,7 +7,8 @@ attributes: `self.epoch += 1` in a sampler's `__iter__`, a counter in a dataset.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,19 @@ class Own:
     """The attributes that count, of the loader that is given, which wasn't iterated yet."""
 
     def __init__(self, loader: Any) -> None:
-        self._places = dict(_places(loader))
+        found = dict(_places(loader))
+        # Not to hold the loader itself: see `Stream`.
+        self.loader = _weakly(found.pop("loader", None))
+        self._rest = found
         self._first = dict(self._plain())
 
-    def capture(self) -> State:
-        """Their states now; of plain attributes those that aren't what they were at first."""
+    @property
+    def _places(self) -> State:
+        loader = self.loader()
+        return self._rest if loader is None else {"loader": loader, **self._rest}
+
+    def capture(self, *, whole: bool = False) -> State:
+        """Their states now; of plain attributes those that aren't what they were at first, or all of them."""
         found: State = {}
         seen: set[int] = set()
         for place, thing in self._places.items():
@@ -42,15 +51,16 @@ class Own:
             if epoch is not None:
                 found[f"{place}.set_epoch()"] = epoch
         for key, value in self._plain():
-            if key not in self._first or self._first[key] != value:
+            if whole or key not in self._first or self._first[key] != value:
                 found[key] = value
         return found
 
     def restore(self, saved: State, *, but_stateful: bool = False) -> None:
         """Set them, as far as this loader has them; but_stateful: leave out those of what has a state_dict()."""
+        places = self._places
         for key, value in saved.items():
             place, _, name = key.rpartition(".")
-            thing = self._places.get(place)
+            thing = places.get(place)
             if but_stateful and place != "loader" and hasattr(thing, "state_dict"):
                 continue
             if thing is not None and self._fits(thing, name, value):
@@ -59,7 +69,8 @@ class Own:
     def lacking(self, saved: State) -> list[str]:
         """The places that this loader doesn't have, or has something else at."""
         split = [(key, *key.rpartition(".")[::2]) for key in saved]
-        return [key for key, place, name in split if not self._fits(self._places.get(place), name, saved[key])]
+        places = self._places
+        return [key for key, place, name in split if not self._fits(places.get(place), name, saved[key])]
 
     @staticmethod
     def _fits(thing: Any, name: str, value: Any) -> bool:
@@ -85,6 +96,13 @@ class Own:
                 )
                 if counts and type(value) in PLAIN:
                     yield f"{place}.{name}", value
+
+
+def _weakly(thing: Any) -> Callable[[], Any]:
+    try:
+        return weakref.ref(thing)
+    except TypeError:  # None, a list
+        return lambda: thing
 
 
 def _places(loader: Any) -> Iterator[tuple[str, Any]]:

@@ -21,7 +21,8 @@ class Mark:
 
     here: that iteration, None between two; ahead: batches fetched and not handed out yet -> the moment before each
     fetch; own: what the loader has of its own, now; state: what its state_dict() said; past: the iterations before,
-    where worker processes live on; lost: generators whose states can't all be repeated (see `Draws`).
+    where worker processes live on; reused: this one, or the next, has worker processes that were there before; lost:
+    generators whose states can't all be repeated (see `Draws`).
     """
 
     epoch: int
@@ -31,6 +32,7 @@ class Mark:
     own: State = field(default_factory=dict)
     state: Any = None
     past: tuple[Past, ...] = ()
+    reused: bool = False
     lost: frozenset[str] = frozenset()
 
 
@@ -47,6 +49,7 @@ def encode(mark: Mark, tensors: dict[str, torch.Tensor], where: str = "data") ->
         "own": tree.encode(mark.own, {}, "data.own"),
         "state": tree.encode(mark.state, tensors, f"{where}.state"),
         "past": [_past(past) for past in mark.past],
+        "reused": mark.reused,
         "lost": sorted(mark.lost),
     }
 
@@ -62,6 +65,7 @@ def decode(value: JSON, tensors: Mapping[str, torch.Tensor]) -> Mark:
             own=tree.decode(value["own"], {}),
             state=tree.decode(value["state"], tensors),
             past=tuple(_past_of(past) for past in value["past"]),
+            reused=bool(value["reused"]),
             lost=frozenset(value["lost"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:

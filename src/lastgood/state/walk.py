@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lastgood.errors import Incompatible
@@ -26,7 +26,10 @@ class Moment:
 
 @dataclass(frozen=True, slots=True)
 class Past:
-    """An iteration, as much of it as a replay needs; known: see `Draws`; ended: it was gone through to its end."""
+    """An iteration, as much of it as a replay needs.
+
+    known: see `Draws`; ended: the loader had no more batches.
+    """
 
     start: Moment
     consumed: int
@@ -36,7 +39,7 @@ class Past:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Goal:
-    """Where the next iteration goes on: after `here`, by way of what came before it in the same worker processes.
+    """Where the next iteration goes on: after `here`.
 
     ahead: batches that were fetched and not handed out yet -> the moment before each fetch; then: the one that
     everything after is drawn under; load: puts the state of the loader or its dataset back.
@@ -44,7 +47,6 @@ class Goal:
 
     here: Past
     how: How | None = None  # None: the loader's own way
-    past: tuple[Past, ...] = ()
     ahead: dict[int, Moment] = field(default_factory=dict)
     own: State = field(default_factory=dict)
     then: Callable[[], Rng | None] = lambda: None
@@ -80,35 +82,53 @@ class Clocks:
 class Walk:
     """The bookkeeping of one iteration.
 
-    consumed: batches handed to the loop; peeks: the loader fetches batches before the loop asks for them.
+    consumed: batches handed to the loop; peeks: the loader fetches batches before the loop asks for them; at_once: its
+    sampler draws an epoch's order as a whole; reused: by worker processes that were there before.
     """
 
-    def __init__(self, own: Own, clocks: Clocks, how: How, *, peeks: bool, at_once: bool) -> None:
-        self.own, self.clocks, self.how, self.peeks, self.at_once = own, clocks, how, peeks, at_once
+    def __init__(self, own: Own, clocks: Clocks, how: How, *, peeks: bool) -> None:
+        self.own, self.clocks, self.how, self.peeks = own, clocks, how, peeks
+        self.at_once = self.reused = self.idle = self.resumed = self.exhausted = False
         self.consumed = self.fetched = self.skip = 0
         self.start: Moment | None = None  # None until its first fetch is prepared
         self.draws: Draws | None = None
         self.ahead: dict[int, Moment] = {}
         self.goal: Goal | None = None
 
-    def begin(self, make: Callable[[], Iterator[Any]], goal: Goal | None) -> Fetches:
-        """Have the iterator made, and bring it to `goal`."""
+    def begin(
+        self, make: Callable[[], Iterator[Any]], goal: Goal | None, past: tuple[Past, ...] = (), warm: bool = False
+    ) -> Fetches:
+        """Have the iterator made, and bring it to `goal`.
+
+        past: iterations that its worker processes are to see first; warm: they are to be there before it begins.
+        """
+        if past or warm:
+            self._prepare(make, past)
         if goal is None:
             self.start = Moment(rng.capture(), self.own.capture())
             self.draws = Draws(self.start.rng)
             return Fetches(self, make())
-        entry = rng.capture()
+        self.resumed, entry = True, rng.capture()
         self.how = goal.how or self.how
-        for past in goal.past:
-            self._repeat(past, make)
         iterator = self._repeat(goal.here, make, goal)
         self.start = goal.here.start
-        self.goal = Goal(
-            here=goal.here, ahead=dict(goal.ahead), own=goal.own, then=lambda: goal.then() or entry, lost=goal.lost
-        )
+        self.goal = replace(goal, ahead=dict(goal.ahead), then=lambda: goal.then() or entry)
         if not goal.ahead:  # else these come first
-            self._arrive()
+            self.arrive()
         return Fetches(self, iterator)
+
+    def _prepare(self, make: Callable[[], Iterator[Any]], past: tuple[Past, ...]) -> None:
+        now = Moment(rng.capture(), self.own.capture(whole=True))
+        for one in past:
+            self._repeat(one, make)
+        if not past:
+            # An iteration draws the seed of the workers when it starts them, and at no other time.
+            self.idle = True
+            make()
+            self.idle = False
+        self.consumed = self.fetched = self.skip = 0
+        self.own.restore(now.own)
+        rng.restore(now.rng)
 
     def _repeat(self, past: Past, make: Callable[[], Iterator[Any]], goal: Goal | None = None) -> Iterator[Any]:
         """The iterator after the same batches as in that iteration."""
@@ -135,7 +155,8 @@ class Walk:
         self.consumed = self.fetched = past.consumed
         return iterator
 
-    def _arrive(self) -> None:
+    def arrive(self) -> None:
+        """What comes from here on wasn't fetched before the save."""
         if self.goal is not None:
             goal, self.goal = self.goal, None
             # Those that were loaded with a state of their own have it already.
@@ -151,7 +172,7 @@ class Walk:
         if self.goal is not None:
             moment = self.goal.ahead.pop(ordinal, None)
             if moment is None:
-                self._arrive()
+                self.arrive()
             else:
                 self.own.restore(moment.own)
                 rng.restore(moment.rng)
@@ -160,16 +181,32 @@ class Walk:
             self.ahead.pop(ordinal - FETCHES_AHEAD, None)
         if watched and draws is not None:
             draws.before()
-        batch = self.clocks.fetch.measured(lambda: next(iterator))
+        try:
+            batch = self.clocks.fetch.measured(lambda: next(iterator))
+        except StopIteration:
+            self.exhausted = True
+            raise
         if watched and draws is not None:
             draws.after(ordinal)
         self.fetched = ordinal
         return batch
 
-    def past(self, ended: bool = False) -> Past:
-        """This iteration as far as it went."""
+    def finish(self, iterator: Any) -> None:
+        """A resumed iteration ended without a batch: let the dataset's own iterator see its end too.
+
+        torchdata's loader doesn't ask it, and a dataset that goes on in a generator would go on from there once more.
+        """
+        fetcher: Any = getattr(iterator, "_dataset_fetcher", None)
+        if self.how == "state" and hasattr(fetcher, "dataset_iter"):
+            now = rng.capture()
+            next(fetcher.dataset_iter, None)
+            rng.restore(now)
+
+    def past(self) -> Past:
+        """This iteration as far as it went; it ended if the loop has had all there is, whether it knows or not."""
         assert self.start is not None
         assert self.draws is not None
+        ended = self.exhausted and self.consumed == self.fetched
         return Past(self.start, self.consumed, dict(self.draws.known), ended)
 
 
@@ -201,6 +238,8 @@ class Order:
 
     def __iter__(self) -> Iterator[Any]:
         walk = self._walk()
+        if walk is not None and walk.idle:
+            return iter(())
         return iter(self._sampler) if walk is None else Indices(iter(self._sampler), walk)
 
     def __len__(self) -> int:

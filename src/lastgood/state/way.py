@@ -62,6 +62,12 @@ def way(loader: Any, inner: Any, skip: Skip) -> Way:
     )
 
 
+def inner_of(loader: Any) -> Any:
+    """Accelerate's loaders iterate one batch ahead over an inner one, which sees each single fetch."""
+    inner = getattr(loader, "base_dataloader", None)
+    return loader if inner is None else inner
+
+
 def _map(loader: Any, skip: Skip) -> tuple[How, str]:
     fast: How = "state" if stateful(loader) else "indices"
     if skip == "replay":

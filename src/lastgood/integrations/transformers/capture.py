@@ -20,7 +20,7 @@ from lastgood.state import optimizer, rng, tree
 from lastgood.state.data import Position
 from lastgood.state.rng import Rng
 from lastgood.state.tensors import named
-from lastgood.state.weights import Coverage, taken_over
+from lastgood.state.weights import Coverage, computed, taken_over
 
 TENSOR_METADATA = {"format": "pt"}
 
@@ -60,7 +60,8 @@ def write(
         staging.tensors(file.name, "model", named(file.tensors), file.metadata)
     if beside:
         staging.tensors("extra.safetensors", "model", named(beside), TENSOR_METADATA)
-    staging.data("tensors.json", "model", _json({"format": 1, "tensors": digests}))
+    unstored = sorted(computed(trainer.model) & set(digests) - set(beside))
+    staging.data("tensors.json", "model", _json({"format": 1, "tensors": digests, "unstored": unstored}))
     for name in guard.NAMES:
         staging.data(name, "model", guard.content(name))
     staging.data("trainer_state.json", "model", trainer_state(trainer))
@@ -177,6 +178,7 @@ def estimate(trainer: Any, live: Mapping[str, torch.Tensor], *, full: bool) -> i
     adapter = hasattr(trainer.model, "peft_config")
     total = sum(t.numel() * t.element_size() for t in live.values() if t.requires_grad or not adapter)
     if full and trainer.optimizer is not None:
+        total += extras.size(trainer, live)
         for entry in optimizer.plain(trainer.optimizer).state.values():
             values = entry.values() if isinstance(entry, Mapping) else ()
             total += sum(v.numel() * v.element_size() for v in values if hasattr(v, "element_size"))

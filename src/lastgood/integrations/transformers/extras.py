@@ -22,9 +22,10 @@ TRAINERS: dict[str, tuple[str, ...]] = {
     # Where the generated batch stands, what the next log line is the mean of, entropy under control.
     "trl": (
         "_step", "_buffered_inputs",
-        "_metrics", "_stored_metrics", "stats", "_total_train_tokens",
+        "_metrics", "_stored_metrics", "_total_train_tokens",
         "entropy_coef", "_last_world_entropy", "_entropy_window_stats",
     ),
+    "trl.experimental.online_dpo": ("stats",),
     "sentence_transformers": (
         "accum_loss_components", "loss", "loss.query_regularizer_weight", "loss.document_regularizer_weight",
     ),
@@ -54,42 +55,58 @@ def slots(trainer: Any) -> Iterator[tuple[str, Any, str]]:
 
 
 def _names(cls: type[Any], table: Mapping[str, tuple[str, ...]]) -> list[str]:
-    packages = {base.__module__.partition(".")[0] for base in cls.__mro__}
-    known = [name for package, names in table.items() if package in packages for name in names]
+    places = [f"{base.__module__}." for base in cls.__mro__]
+    known = [n for package, names in table.items() if any(p.startswith(f"{package}.") for p in places) for n in names]
     return list(dict.fromkeys([*known, *getattr(cls, OWN, ())]))
 
 
 def capture(trainer: Any, live: Mapping[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     """JSON for resume.json; tensors go into `tensors`, under names that begin with `extras`. live: the model's.
 
-    Parameters that are optimized and belong to no module that is known are stored too, as `unnamed.<group>.<index>`.
+    Raises NotSupported, naming the attribute, for what can't be stored without pickle.
     """
-    known = {id(tensor) for tensor in live.values()}
-    found: dict[str, torch.Tensor] = {}
-    values: dict[str, Any] = {}
+    modules, strays = _weights(trainer, live)
+    found = {f"extras.{label}.{key}": tensor for label, own in modules.items() for key, tensor in own.items()}
+    found.update({f"extras.{name}": parameter for name, parameter in strays.items()})
+    values: dict[str, Any] = {label: {"$module": list(own)} for label, own in modules.items()}
     for label, holder, name in slots(trainer):
         value = getattr(holder, name)
-        parts = _module_tensors(value)
-        if parts is not None:
-            # A loss holds the model as well: what the checkpoint has already isn't stored twice.
-            own = {key: tensor for key, tensor in parts.items() if id(tensor) not in known}
-            if holder is trainer:
-                own = {key: tensor for key, tensor in own.items() if _trained(trainer, tensor)}
-            known |= {id(tensor) for tensor in own.values()}
-            found.update({f"extras.{label}.{key}": tensor for key, tensor in own.items()})
-            if own:
-                values[label] = {"$module": list(own)}
-        elif value is not None:
+        if value is not None and _module_tensors(value) is None:
             values[label] = tree.encode(value, found, f"extras.{label}")
-    strays = {
+    tensors.update(found)
+    away = [name for name, tensor in found.items() if tensor.device.type != "cpu"]
+    return {"values": values, "parameters": list(strays), "device": away}
+
+
+def size(trainer: Any, live: Mapping[str, torch.Tensor]) -> int:
+    """Bytes of the modules and parameters that `capture` adds; generated batches are small beside them."""
+    modules, strays = _weights(trainer, live)
+    tensors = [*strays.values(), *(tensor for own in modules.values() for tensor in own.values())]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _weights(
+    trainer: Any, live: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """(attribute -> its tensors, optimized parameters that no module here holds), each tensor once."""
+    known = {id(tensor) for tensor in live.values()}
+    modules: dict[str, dict[str, torch.Tensor]] = {}
+    for label, holder, name in slots(trainer):
+        parts = _module_tensors(getattr(holder, name)) or {}
+        # A loss holds the model as well: what the checkpoint has already isn't stored twice.
+        own = {
+            key: tensor
+            for key, tensor in parts.items()
+            if id(tensor) not in known and (holder is not trainer or _trained(trainer, tensor))
+        }
+        known |= {id(tensor) for tensor in own.values()}
+        if own:
+            modules[label] = own
+    return modules, {
         name: parameter
         for name, parameter in _strays(trainer, live).items()
         if id(parameter) not in known and _trained(trainer, parameter)
     }
-    found.update({f"extras.{name}": parameter for name, parameter in strays.items()})
-    tensors.update(found)
-    away = [name for name, tensor in found.items() if tensor.device.type != "cpu"]
-    return {"values": values, "parameters": list(strays), "device": away}
 
 
 def restore(
@@ -134,7 +151,7 @@ def _module_tensors(value: Any) -> dict[str, torch.Tensor] | None:
 
 
 def _trained(trainer: Any, tensor: torch.Tensor) -> bool:
-    """False for what comes as it was loaded: frozen, or in the optimizer's list and never given a gradient (a guide)."""
+    """False for what comes as it was loaded: frozen, or listed in the optimizer and never given a gradient."""
     if not isinstance(tensor, torch.nn.Parameter):
         return True
     inner = optimizer.plain(trainer.optimizer)

@@ -29,10 +29,11 @@ class Source(Saved):
 
     def weights(self, model: torch.nn.Module) -> None:
         """Every parameter and buffer of `model`, proven by digest."""
-        expected = self.digests["tensors"]
-        counts = weights.restore(model, expected, self._saved_weights, allow_base="base_model" in self.allow)
+        expected, unstored = self.digests["tensors"], self.digests.get("unstored", ())
+        base = "base_model" in self.allow
+        counts = weights.restore(model, expected, self._saved_weights, allow_base=base, unstored=unstored)
         detail = ", ".join(f"{number} {how}" for how, number in counts.items() if number)
-        self.restored.append(("model", f"all {len(expected)} tensors proven ({detail})"))
+        self.restored.append(("model", f"all {sum(counts.values())} tensors proven ({detail})"))
 
     def _saved_weights(self) -> dict[str, torch.Tensor]:
         found: dict[str, torch.Tensor] = {}

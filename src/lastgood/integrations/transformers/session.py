@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lastgood import policy
+from lastgood import ranking
 from lastgood.errors import NoCheckpoint, Preempted
 from lastgood.guard import Guard
 from lastgood.integrations.transformers import capture, old_loop, settings
@@ -328,10 +328,8 @@ class Session:
     # ---- best ----------------------------------------------------------------------------
 
     def best(self, records: Sequence[Record]) -> Record | None:
-        keep = self.live.keep
-        if keep.monitor is None or keep.mode is None:
-            return None
-        return policy.best(records, keep.monitor, keep.mode)
+        monitor, mode = self.live.keep.primary
+        return None if monitor is None or mode is None else ranking.best(records, monitor, mode)
 
     def _set_best(self, records: Sequence[Record]) -> None:
         best = self.best(records)
@@ -339,8 +337,8 @@ class Session:
 
     def load_best(self, model: torch.nn.Module) -> None:
         """load_best_model_at_end: exactly the weights that the best metric of a saved checkpoint belongs to."""
-        keep, state = self.live.keep, self.trainer.state
-        if keep.monitor is None or keep.mode is None:
+        (monitor, mode), state = self.live.keep.primary, self.trainer.state
+        if monitor is None or mode is None:
             warn("load_best_model_at_end: no metric says which checkpoint is the best; the last weights stay")
             return
         try:
@@ -353,8 +351,8 @@ class Session:
                 warn(f"load_best_model_at_end passed over {name}: {reason}")
         record = found.record
         Source(self.live.root / record.name, record, allow=self.options.allow_missing).weights(model)
-        score = policy.metric_of(record, keep.monitor)
-        say(f"loaded the best model: {record.name} ({keep.monitor} = {score})")
+        score = ranking.metric_of(record, monitor)
+        say(f"loaded the best model: {record.name} ({monitor} = {score})")
         if state.best_global_step not in (None, record.step) and state.best_metric != score:
             say(f"step {state.best_global_step} had {state.best_metric}, but no checkpoint was saved there")
         state.best_metric, state.best_global_step = score, record.step

@@ -15,7 +15,7 @@ from accelerate import skip_first_batches
 from transformers.trainer_utils import SaveStrategy
 
 from lastgood.integrations.transformers import settings, unmanaged
-from lastgood.integrations.transformers.old_loop import Loop
+from lastgood.integrations.transformers.old_loop import NEEDED, Loop
 from lastgood.integrations.transformers.options import Options
 from lastgood.integrations.transformers.session import Session
 from lastgood.report import Report
@@ -256,5 +256,6 @@ class ManagedTrainer(Loop):
             session.live.retain()
 
     def _load_best_model(self) -> None:
-        self._end_loop(None, 0.0)  # the old loop comes here first
+        if NEEDED:  # the old loop comes here before it ends
+            self._end_loop(None, 0.0)
         self.lastgood.load_best(self.model)
