@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import pickle
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -594,8 +595,9 @@ def test_the_loader_stays_the_users_own() -> None:
     assert type(other) is DataLoader
     assert (len(mine), mine.batch_size, mine.dataset) == (4, BATCH, stream.loader.dataset)
     assert iter(mine)._num_yielded == 0  # the iterator's own attributes
-    twin = copy.copy(mine)
-    list(twin)
+    for twin in (copy.deepcopy(mine), pickle.loads(pickle.dumps(mine)), copy.copy(mine)):
+        assert type(twin) is DataLoader
+        assert len(list(twin)) == 4
     assert (stream.epoch, stream.consumed) == (0, 0)
     assert follow(twin) is not stream
 
