@@ -266,11 +266,16 @@ def test_options_are_checked() -> None:
     assert isinstance(make("run"), ModelCheckpoint)
 
 
-def test_several_devices_are_refused(tmp_path: Path) -> None:
-    callback = lastgood.LightningCheckpoint(tmp_path)
+def spread(root: Path) -> None:
+    callback = lastgood.LightningCheckpoint(root)
     trainer = pl.Trainer(accelerator="cpu", devices=1, strategy="ddp", max_epochs=1, logger=False, callbacks=[callback])
     with pytest.raises(lastgood.NotSupported, match="DDPStrategy"):
         trainer.fit(Model(), DataLoader([0]), DataLoader([0]))
+
+
+def test_several_devices_are_refused(tmp_path: Path) -> None:
+    # In a process of its own, for it would leave torch.distributed running in this one.
+    assert forked.run(spread, tmp_path, log=tmp_path / "log") == 0, (tmp_path / "log").read_text()
 
 
 def test_hyperparameters_and_states_without_pickle(tmp_path: Path) -> None:

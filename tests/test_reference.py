@@ -142,6 +142,7 @@ def test_every_field_is_documented_and_every_documented_field_exists(
         "plan --model 13B --max-steps 1000 --save-steps 100 --keep-best 2 --crash-at 500 --compare stock --disk 250GB",
         f"plan {managed} --keep-last 1",
         f"plan {stock} --keep-last 1",
+        f"-C {managed} bisect --mark",
         f"-C {managed} log --all",
         f"-C {empty} resume",
     ]

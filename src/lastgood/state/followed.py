@@ -5,6 +5,7 @@ Nothing global is changed: another loader of the same class is as it was.
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -113,8 +114,25 @@ def _change(thing: Any, roles: tuple[Role, ...]) -> None:
 @cache
 def _subclass(cls: type[Any], roles: tuple[Role, ...]) -> type[Any]:
     made: Any = cls
+    original: Any = cls
     for role in roles:
         made = role(made)
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        """A copy or a pickle is of the loader as it was before it was followed."""
+        how, arguments, *rest = original.__reduce_ex__(self, protocol)
+        state: Any = rest[0] if rest else None
+        if isinstance(state, dict):
+            state = {name: value for name, value in state.items() if name != COURSE}
+        if how is copyreg.__newobj__:  # type: ignore[attr-defined]
+            how = _new  # pickle insists on the class that it sees
+        return how, tuple(cls if one is made else one for one in arguments), state, *rest[1:]
+
+    made.__reduce_ex__ = reduce
     made.__name__ = made.__qualname__ = f"Followed{cls.__name__}"
     made.__module__, made.__doc__, made._lastgood_roles = cls.__module__, cls.__doc__, roles
     return made  # type: ignore[no-any-return]
+
+
+def _new(cls: Any, *arguments: Any) -> Any:
+    return cls.__new__(cls, *arguments)
