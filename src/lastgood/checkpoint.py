@@ -137,6 +137,11 @@ class Checkpoint:
         return self.manifest.arguments if self.manifest is not None else {}
 
     @property
+    def poisoned(self) -> str:
+        """Why its state is unhealthy; "" for a good one."""
+        return self.found.poisoned
+
+    @property
     def environment(self) -> Mapping[str, str]:
         """Library -> version."""
         return self.manifest.environment if self.manifest is not None else {}

@@ -158,7 +158,7 @@ def aliases(model: torch.nn.Module, files: Iterable[TensorFile]) -> dict[str, st
     for key, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, torch.Tensor) and tensor.numel():
             names.setdefault(identity(tensor), []).append(clean(key))
-    found = {}
+    found: dict[str, str] = {}
     for same in names.values():
         target = next((name for name in same if name in stored), None)
         found |= {name: target for name in same if target is not None and name not in stored}
