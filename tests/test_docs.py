@@ -14,10 +14,10 @@ import lastgood
 from test_trainers import sentences, words
 
 import forked
-from training import Case, tiny_gpt2
+from training import Case, texts, tiny_gpt2
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*.md")])
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -35,14 +35,45 @@ def given() -> dict[str, Any]:
     def make_trainer(out: str, **args: Any) -> Any:
         return Case("docs", args={"save_total_limit": None, **args}, evaluate=True).trainer(Path(out))
 
+    model = tiny_gpt2(vocab_size=300)
     return {
+        **loop(model),
         "lastgood": lastgood,
-        "model": tiny_gpt2(vocab_size=300),
+        "model": model,
         "tokenizer": words(),
         "train": Dataset.from_list(rows[:40]),
         "evals": Dataset.from_list(rows[40:]),
         "lora": LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True),
         "make_trainer": make_trainer,
+    }
+
+
+def loop(model: Any) -> dict[str, Any]:
+    """What somebody who writes a training loop has."""
+    import torch
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    rows = [torch.tensor(list(text)) for text in texts(32)]
+
+    def train_step(batch: Any) -> Any:
+        optimizer.zero_grad()
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    def evaluate() -> float:
+        with torch.no_grad():
+            return float(model(input_ids=rows[0][None], labels=rows[0][None]).loss)
+
+    return {
+        "torch": torch,
+        "optimizer": optimizer,
+        "scheduler": torch.optim.lr_scheduler.ConstantLR(optimizer),
+        "loader": torch.utils.data.DataLoader(rows, batch_size=4, shuffle=True),
+        "total": 8,
+        "train_step": train_step,
+        "evaluate": evaluate,
     }
 
 

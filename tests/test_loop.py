@@ -268,6 +268,24 @@ def test_a_trainer_s_checkpoint_is_not_taken_for_a_loop_s(tmp_path: Path) -> Non
         again(tmp_path / "run", simple(Net()))
 
 
+def test_tied_weights_load_by_every_name_without_the_model_s_own_reader(tmp_path: Path) -> None:
+    first, second = loops.gpt2().parts["model"], Net(tied=True)
+    with lastgood.CheckpointManager(tmp_path, model=first, second=second) as ckpt:
+        ckpt.restore()
+        ckpt.step(1)
+        ckpt.save()
+    found = lastgood.open(tmp_path).latest()
+    for part, model in (("model", loops.gpt2().parts["model"]), ("second", Net(tied=True))):
+        model.load_state_dict(found.load(part))
+        live = first if part == "model" else second
+        assert all(same_bits(tensor, live.state_dict()[name]) for name, tensor in model.state_dict().items())
+    case = training.Case("tied", args={"max_steps": 1, "save_steps": 1})
+    training.train(case, tmp_path / "trainer", tmp_path / "out.json")
+    model = training.tiny_gpt2(seed=3)
+    model.load_state_dict(lastgood.open(tmp_path / "trainer").latest().load())
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
 # ---- models that aren't quite the same -------------------------------------------------------
 
 

@@ -137,6 +137,11 @@ class Checkpoint:
         return self.manifest.arguments if self.manifest is not None else {}
 
     @property
+    def poisoned(self) -> str:
+        """Why its state is unhealthy; "" for a good one."""
+        return self.found.poisoned
+
+    @property
     def environment(self) -> Mapping[str, str]:
         """Library -> version."""
         return self.manifest.environment if self.manifest is not None else {}
@@ -233,22 +238,19 @@ class Checkpoint:
         raise UsageError(f"{self.name} has no part {part!r}", hint=f"its parts: {there}")
 
     def _aliases(self, part: str) -> dict[str, str]:
-        """Further name -> stored name, of tied tensors; names of one of several models may have its name before."""
+        """Further name -> stored name, of the tied tensors of a model."""
         entry = self.files.get(NAMES)
         if entry is None:
             return {}
         try:
             data, is_now = local.content(self.path / NAMES)
-            told = loads(bytes(data)).get("aliases", {})
+            told = loads(bytes(data))
+            known = (told if part in ("", "model") else told.get("modules", {}).get(part, {})).get("aliases", {})
         except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise CorruptCheckpoint(f"{self.path / NAMES} can't be read: {error}") from error
         if is_now != entry:
             raise CorruptCheckpoint(f"the content of {self.path / NAMES} is not what was saved (hash differs)")
-        found = {str(name): str(target) for name, target in told.items()} if isinstance(told, dict) else {}
-        own = f"{part}."
-        return found | {
-            name.removeprefix(own): target.removeprefix(own) for name, target in found.items() if name.startswith(own)
-        }
+        return {str(name): str(target) for name, target in known.items()} if isinstance(known, dict) else {}
 
     # ---- what others add -----------------------------------------------------------------
 

@@ -140,7 +140,8 @@ def _path(manager: Manager, path: Path, option: str) -> Target:
     ):
         raise UsageError(
             f"{path} is a run, not a checkpoint",
-            hint=f"name one of its checkpoints, or use {option}='auto' in the run itself",
+            hint="name one of its checkpoints"
+            + ("" if option == "init" else f", or use {option}='auto' in the run itself"),
         )
     if not (path / "lastgood.json").exists():
         return _stock_path(path)

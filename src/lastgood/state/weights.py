@@ -10,7 +10,7 @@ restore each live tensor is found by its digest, whatever its name on disk.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,6 +146,23 @@ def _digests_of(files: list[TensorFile], live: Mapping[str, torch.Tensor], diges
     known = {identity(tensor): digests[name] for name, tensor in live.items() if tensor.numel()}
     saved = [(name, tensor) for file in files for name, tensor in file.tensors.items()]
     return {known.get(identity(tensor)) or digest(tensor, name) for name, tensor in saved}
+
+
+def aliases(model: torch.nn.Module, files: Iterable[TensorFile]) -> dict[str, str]:
+    """Further name -> stored name, of tensors that the model's state dict has under several names: tied ones.
+
+    save_pretrained stores them once; whoever loads the files without the model's class can't know the other names.
+    """
+    stored = {name for file in files for name in file.tensors}
+    names: dict[tuple[Any, ...], list[str]] = {}
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, torch.Tensor) and tensor.numel():
+            names.setdefault(identity(tensor), []).append(clean(key))
+    found: dict[str, str] = {}
+    for same in names.values():
+        target = next((name for name in same if name in stored), None)
+        found |= {name: target for name in same if target is not None and name not in stored}
+    return found
 
 
 def identity(tensor: torch.Tensor) -> tuple[Any, ...]:

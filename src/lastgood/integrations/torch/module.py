@@ -106,7 +106,8 @@ class Model:
             with taken_over(out.staging.path) as files:
                 self.module.save_pretrained(place)  # type: ignore[operator]
             out.staging.adopt("model")
-            return files, {}
+            tied = weights.aliases(self.module, files)
+            return files, {"aliases": tied} if tied else {}
         tensors: dict[str, torch.Tensor] = {}
         about: dict[str, Any] = {}
         first: dict[tuple[Any, ...], str] = {}

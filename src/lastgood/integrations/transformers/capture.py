@@ -20,7 +20,7 @@ from lastgood.state import optimizer, rng, tree
 from lastgood.state.data import Position
 from lastgood.state.rng import Rng
 from lastgood.state.tensors import named
-from lastgood.state.weights import Coverage, computed, taken_over
+from lastgood.state.weights import Coverage, aliases, computed, taken_over
 
 TENSOR_METADATA = {"format": "pt"}
 
@@ -61,7 +61,9 @@ def write(
     if beside:
         staging.tensors("extra.safetensors", "model", named(beside), TENSOR_METADATA)
     unstored = sorted(computed(trainer.model) & set(digests) - set(beside))
-    staging.data("tensors.json", "model", _json({"format": 1, "tensors": digests, "unstored": unstored}))
+    tied = aliases(trainer.model, files)
+    about = {"format": 1, "tensors": digests, "unstored": unstored, **({"aliases": tied} if tied else {})}
+    staging.data("tensors.json", "model", _json(about))
     for name in guard.NAMES:
         staging.data(name, "model", guard.content(name))
     staging.data("trainer_state.json", "model", trainer_state(trainer))
