@@ -15,7 +15,8 @@ from lastgood.repo import metrics
 
 def checkpoints(out: Path, limit: int) -> Table:
     """Every checkpoint that ever was, with what became of it and why."""
-    from lastgood import policy
+    from lastgood import policy, ranking
+    from lastgood.repo.read import records
 
     run = lastgood.open(out)
     keep = lastgood.Keep.from_limit(limit, "eval_loss", "min")
@@ -23,9 +24,9 @@ def checkpoints(out: Path, limit: int) -> Table:
     for column in ("step", "eval_loss", "state", "size", "why"):
         table.add_column(column, justify="right" if column in ("step", "eval_loss", "size") else "left")
     rows = []
-    for decision in policy.decide(run.checkpoints, keep):
+    for decision in policy.decide(records(out), keep):
         record = decision.record
-        value = policy.metric_of(record, "eval_loss")
+        value = ranking.metric_of(record, "eval_loss")
         rows.append(
             (
                 record.step,

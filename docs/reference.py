@@ -59,7 +59,8 @@ MEANINGS = {
 SPECIAL = {
     0: "done",
     1: "findings (`verify`: damage; `diff --exit-code`: differences), or any other error",
-    75: "`lastgood run`: stopped by a signal, and the command saved before it ended; start it again",
+    75: "`lastgood run`: stopped by a signal, its time limit or `lastgood save --stop`, and the command saved before it"
+    " ended; start it again",
     130: "interrupted (Ctrl-C)",
 }
 

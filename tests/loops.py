@@ -125,6 +125,9 @@ class Recipe:
         self.parts = parts
         self.rows = torch.tensor([list(row) for row in texts(64)])
 
+    def begin(self, ckpt: lastgood.CheckpointManager) -> None:
+        """The run is restored, the loop begins."""
+
     def batch(self) -> torch.Tensor:
         return self.rows[torch.randint(len(self.rows), (4,))]
 
@@ -206,6 +209,45 @@ class Accumulating(Recipe):
             losses.append(loss.detach())
         optimizer.step()
         return torch.stack(losses).sum()
+
+
+class Loading(Recipe):
+    """Batches come from data loaders, in turns if there are several."""
+
+    def begin(self, ckpt: lastgood.CheckpointManager) -> None:
+        names = [name for name in self.parts if name.startswith("dataloader")]
+        self.sources = [ckpt.batches(name) for name in names]
+
+    def step(self, number: int) -> torch.Tensor:
+        self.turn = number
+        return super().step(number)
+
+    def batch(self) -> torch.Tensor:
+        return next(self.sources[self.turn % len(self.sources)])
+
+
+class Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+    def __init__(self, rows: torch.Tensor) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Any:
+        for row in self.rows:
+            yield row if torch.rand(()) < 0.5 else row.flip(0)
+
+
+def loading(*kinds: str) -> Recipe:
+    recipe = simple(Net())
+    rows = recipe.rows[:18]
+    makes: dict[str, Callable[[], Any]] = {
+        "shuffled": lambda: torch.utils.data.DataLoader(rows, batch_size=4, shuffle=True),
+        "own": lambda: torch.utils.data.DataLoader(
+            rows, batch_size=3, shuffle=True, generator=torch.Generator().manual_seed(7)
+        ),
+        "stream": lambda: torch.utils.data.DataLoader(Stream(rows), batch_size=4),
+        "workers": lambda: torch.utils.data.DataLoader(rows, batch_size=4, shuffle=True, num_workers=1),
+    }
+    loaders = {f"dataloader{place or ''}": makes[kind]() for place, kind in enumerate(kinds)}
+    return Loading(**recipe.parts, **loaders)
 
 
 def gan() -> Recipe:
@@ -341,6 +383,10 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "schedule: plateau": lambda: scheduled("plateau"),
     "schedule: sequence": lambda: scheduled("sequence"),
     "schedule: lambda": lambda: scheduled("lambda"),
+    "a loader": lambda: loading("shuffled"),
+    "a loader of a stream": lambda: loading("stream"),
+    "a loader with a worker": lambda: loading("workers"),
+    "three loaders": lambda: loading("shuffled", "own", "stream"),
     "transformers": gpt2,
     "lora": lora,
     "compiled": compiled,
@@ -359,7 +405,9 @@ def train(name: str, root: Path, out: Path | None, *, total: int = 9, kill: int 
     recipe = seeded(name)
     losses = []
     with lastgood.CheckpointManager(root, save_steps=every, **recipe.parts) as ckpt:
-        for step in range(ckpt.restore(), total):
+        start = ckpt.restore()
+        recipe.begin(ckpt)
+        for step in range(start, total):
             loss = recipe.step(step)
             if step == kill:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -393,6 +441,8 @@ def state(recipe: Recipe) -> str:
             hasher.update(repr(value).encode())
 
     for thing in recipe.parts.values():
+        if isinstance(thing, torch.utils.data.DataLoader):
+            continue
         if isinstance(thing, nn.Module):
             feed(dict(live_tensors(thing)))
             feed({key: value for key, value in thing.state_dict().items() if key.endswith("extra_state")})

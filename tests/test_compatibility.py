@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import safe_open
@@ -45,3 +47,11 @@ def test_the_format_needs_json_and_safetensors_alone(golden: Path) -> None:
     for parameter, state in resume["optimizer"]["state"].items():
         assert {f"state.{parameter}.{key}" for key in state} <= names
     assert resume["progress"]["global_step"] == manifest["step"] == 4
+
+
+def test_the_table_of_versions_is_what_was_run() -> None:
+    script = Path(__file__).parent.parent / "scripts" / "compat"
+    compat: dict[str, Any] = runpy.run_path(str(script), run_name="compat")
+    found = json.loads(compat["RESULTS"].read_text())
+    assert compat["PAGE"].read_text() == compat["page"](found)
+    assert found[compat["REFERENCE"]]["failed"] == []

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import TrainingArguments
 
 import forked
 from training import Case, train
@@ -98,6 +99,8 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_I1_I8_killed_and_resumed_equals_uninterrupted(case: Case, tmp_path: Path) -> None:
+    if unknown := set(case.args) - set(TrainingArguments.__dataclass_fields__) - {"train_sampling_strategy"}:
+        pytest.skip(f"this transformers has no {unknown}")  # an older one than the tests are written for
     straight, broken = tmp_path / "straight.json", tmp_path / "broken.json"
     assert forked.run(train, case, tmp_path / "a", straight, log=tmp_path / "a.log") == 0, (
         tmp_path / "a.log"

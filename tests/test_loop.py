@@ -32,7 +32,7 @@ from loops import Net, Recipe, simple
 
 import forked
 import training
-from cli import flip
+from cli import call, flip
 
 
 @pytest.mark.parametrize("name", loops.RECIPES)
@@ -118,9 +118,9 @@ def test_wrong_options_are_refused_at_once(given: dict[str, Any], said: str, tmp
 def test_calls_in_the_wrong_order_say_which_is_right(tmp_path: Path) -> None:
     recipe = simple(Net())
     ckpt = lastgood.CheckpointManager(tmp_path, save_steps=2, **recipe.parts)
-    for call in (lambda: ckpt.step(1), lambda: ckpt.record(1, a=1), ckpt.save):
+    for too_early in (lambda: ckpt.step(1), lambda: ckpt.record(1, a=1), ckpt.save):
         with pytest.raises(UsageError, match=r"before restore\(\)"):
-            call()
+            too_early()
     assert ckpt.restore() == 0
     with pytest.raises(UsageError, match="called already"):
         ckpt.restore()
@@ -176,6 +176,24 @@ def test_retention_is_the_policy_s_and_strips(tmp_path: Path) -> None:
     run = lastgood.open(tmp_path)
     assert [(r.step, r.state) for r in run.checkpoints] == [(3, "weights"), (5, "weights"), (6, "full")]
     assert run.best("score", "max").step == 3
+
+
+def test_the_command_line_reads_a_loop_s_run(tmp_path: Path) -> None:
+    """What another tool has no place for is named; several models aren't taken for one."""
+    recipe = loops.keeping()
+    trained(tmp_path / "one", recipe, steps=1)
+    for verb in (["log"], ["show", "latest"], ["verify", "--full"], ["doctor"], ["resume", "--check"], ["bisect"]):
+        code, out, err = call("-C", tmp_path / "one", *verb)
+        assert code == 0, (verb, out, err)
+    code, out, err = call("-C", tmp_path / "one", "export", "latest", tmp_path / "acc", "--to", "accelerate")
+    assert code == 0 and "not in it: counters of the source" in err, (out, err)
+    trained(tmp_path / "two", loops.gan(), steps=1)
+    code, out, err = call("-C", tmp_path / "two", "export", "latest", tmp_path / "x", "--to", "accelerate")
+    assert code == 1 and "holds the models generator, critic of a loop" in err, (code, out, err)
+    code, out, err = call("-C", tmp_path / "two", "checkout", "latest", tmp_path / "plain")
+    assert code == 0 and sorted(p.name for p in (tmp_path / "plain").iterdir()) == [
+        "critic.safetensors", "generator.safetensors",
+    ]  # fmt: skip
 
 
 # ---- what a restore refuses ----------------------------------------------------------------

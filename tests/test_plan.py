@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lastgood
-from lastgood import policy
+from lastgood import policy, ranking
 from lastgood.cli.main import cli
 from lastgood.errors import UsageError
 from lastgood.planner import managed, measured
@@ -467,7 +467,7 @@ def test_a_killed_run_has_what_the_plan_says_of_a_crash(run: Path) -> None:
     assert {e.step: e.values["eval_loss"] for e in history if isinstance(e, Metrics) and e.step <= 10}
     crash = managed.crash(history, keep, Machine(), 10)
     assert [(t.step, t.state) for t in crash.there] == [(r.step, r.state) for r in view.records]
-    best, newest = policy.best(view.records, "eval_loss", "min"), policy.latest(view.records)
+    best, newest = ranking.best(view.records, "eval_loss", "min"), policy.latest(view.records)
     assert best is not None and newest is not None
     assert (crash.best, crash.resume) == (best.step, newest.step)
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from lastgood.errors import UsageError
 from lastgood.model import Manifest, Record
-from lastgood.policy import Decision, Keep, best, decide, enough, known_mode, latest, metric_of, ranking
+from lastgood.policy import Decision, Keep, decide, enough, latest
+from lastgood.ranking import best, known_mode, metric_of, ranking
 
 
 def record(

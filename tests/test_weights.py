@@ -332,3 +332,26 @@ def test_memory_stays_at_a_few_blocks_for_one_tensor_of_600_mb(tmp_path: Path) -
     assert int(child.stdout) < 100
     for name in "abcd":
         (tmp_path / name).unlink()
+
+
+def test_buffers_that_a_model_computes_may_come_and_go_between_versions() -> None:
+    """transformers 4 gives GPT-2 causal masks as buffers, transformers 5 doesn't: the same model all the same."""
+    from lastgood.errors import Incompatible
+    from lastgood.state import weights
+
+    def built(mask: str, *, kept: bool = False) -> torch.nn.Module:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(2, 2)
+        if mask:
+            model.register_buffer(mask, torch.ones(2), persistent=kept)
+        return model
+
+    old = built("mask")
+    expected = {name: weights.digest(t) for name, t in [*old.named_parameters(), *old.named_buffers()]}
+    assert weights.computed(old) == {"mask"}
+    for new in (built(""), built("other")):
+        assert weights.restore(new, expected, dict, unstored=["mask"])["unchanged"] == 2
+    with pytest.raises(Incompatible, match="mask"):
+        weights.restore(built(""), expected, dict)
+    with pytest.raises(Incompatible, match="other"):
+        weights.restore(built("other", kept=True), expected, dict, unstored=["mask"])

@@ -108,6 +108,9 @@ def arguments(out: Path, **changes: Any) -> TrainingArguments:
         "disable_tqdm": True,
         "seed": 7,
     }
+    known = TrainingArguments.__dataclass_fields__
+    if "train_sampling_strategy" in changes and "train_sampling_strategy" not in known:  # before transformers 5
+        changes["group_by_length"] = changes.pop("train_sampling_strategy") == "group_by_length"
     return TrainingArguments(output_dir=str(out), **{**settings, **changes})
 
 

@@ -1,6 +1,6 @@
 """Checkpoint management for fine-tuning: there is always a last good checkpoint, and the best one is never lost.
 
-Nothing here imports torch until a Trainer is managed.
+Nothing here imports torch until a Trainer is managed or tensors are loaded.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lastgood.checkpoint import Checkpoint as Checkpoint
     from lastgood.doctor.diagnose import diagnose as diagnose
     from lastgood.doctor.finding import Finding as Finding
     from lastgood.errors import (
@@ -47,6 +48,13 @@ if TYPE_CHECKING:
     from lastgood.errors import (
         UsageError as UsageError,
     )
+    from lastgood.integrations.lightning.callback import (
+        LightningCheckpoint as LightningCheckpoint,
+    )
+    from lastgood.integrations.lightning.callback import (
+        LightningIO as LightningIO,
+    )
+    from lastgood.integrations.lightning.io import lightning_file as lightning_file
     from lastgood.integrations.torch.manager import CheckpointManager as CheckpointManager
     from lastgood.integrations.transformers.manage import manage as manage
     from lastgood.integrations.transformers.trainer import ManagedTrainer as ManagedTrainer
@@ -54,10 +62,12 @@ if TYPE_CHECKING:
     from lastgood.policy import Keep as Keep
     from lastgood.run import Run as Run
     from lastgood.run import open as open
+    from lastgood.watching import watch as watch
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Checkpoint": "lastgood.checkpoint",
     "CheckpointManager": "lastgood.integrations.torch.manager",
     "Conflict": "lastgood.errors",
     "CorruptCheckpoint": "lastgood.errors",
@@ -66,6 +76,8 @@ _HOMES = {
     "IncompleteRestore": "lastgood.errors",
     "Keep": "lastgood.policy",
     "LastgoodError": "lastgood.errors",
+    "LightningCheckpoint": "lastgood.integrations.lightning.callback",
+    "LightningIO": "lastgood.integrations.lightning.callback",
     "ManagedTrainer": "lastgood.integrations.transformers.trainer",
     "NoCheckpoint": "lastgood.errors",
     "NotEnoughSpace": "lastgood.errors",
@@ -76,9 +88,11 @@ _HOMES = {
     "SaveFailed": "lastgood.errors",
     "UsageError": "lastgood.errors",
     "diagnose": "lastgood.doctor.diagnose",
+    "lightning_file": "lastgood.integrations.lightning.io",
     "manage": "lastgood.integrations.transformers.manage",
     "open": "lastgood.run",
     "plan": "lastgood.planner.plan",
+    "watch": "lastgood.watching",
 }
 
 __all__ = list(_HOMES)
@@ -90,8 +104,9 @@ def __getattr__(name: str) -> Any:
     try:
         module = importlib.import_module(_HOMES[name])
     except ModuleNotFoundError as error:
-        if error.name in ("torch", "transformers", "numpy", "accelerate"):
-            raise ImportError(f"lastgood.{name} needs {error.name}: pip install 'lastgood[trl]'") from error
+        if error.name in ("torch", "transformers", "numpy", "accelerate", "lightning", "pytorch_lightning"):
+            extra = "lightning" if "lightning" in _HOMES[name] else "trl"
+            raise ImportError(f"lastgood.{name} needs {error.name}: pip install 'lastgood[{extra}]'") from error
         raise
     return getattr(module, name)
 

@@ -24,7 +24,11 @@ def model_files(record: Record) -> list[str]:
             f"{record.name} was written by {record.layout}, which keeps the weights inside files of its own",
             hint="`lastgood import` brings it into a run; check it out from there",
         )
-    names = [name for name in manifest.parts.get("model", ()) if name not in OWN_FILES]
+    names = [
+        name
+        for name in manifest.parts.get("model", ())
+        if name not in OWN_FILES and not name.endswith(("/extra.safetensors", ".extra.safetensors"))
+    ]
     if not any(name.endswith((".safetensors", ".bin")) and "fsdp" not in name for name in names):
         raise NotSupported(
             f"the weights of {record.name} are sharded over processes ({record.layout})",

@@ -15,12 +15,13 @@ from typing import Literal
 
 from lastgood import policy
 from lastgood.errors import LastgoodError, NoCheckpoint, NotEnoughSpace, NotSupported, RunLocked, SaveFailed
-from lastgood.model import Head, Record, Span, extend, going_on, next_seq
+from lastgood.model import Head, Record, Span, extend, next_seq
 from lastgood.policy import Keep
 from lastgood.recovery import UNADOPTED, first_good, in_order
-from lastgood.repo import bin, gc, journal, layout, metrics, poison, verify
+from lastgood.repo import bin, gc, journal, layout, leases, metrics, poison, verify
 from lastgood.repo.commit import commit
 from lastgood.repo.lock import RunLock
+from lastgood.repo.protect import protected
 from lastgood.repo.quarantine import quarantine
 from lastgood.repo.read import records
 from lastgood.repo.run import read_head, read_run, start_run, write_head, write_policy
@@ -57,6 +58,7 @@ class Manager:
     failures: int = 0
     saved: dict[int, Record] = field(default_factory=dict)  # by step, of this process
     _lock: RunLock | None = None
+    _sightings: leases.Sightings = field(default_factory=leases.Sightings)
 
     # ---- life of a run -------------------------------------------------------------------
 
@@ -67,7 +69,7 @@ class Manager:
             lock = RunLock(self.root)
             lock.acquire(takeover=takeover)
             self._lock = lock
-            gc.sweep(self.root)
+            gc.sweep(self.root, self._sightings)
             self._recover_identity()
         except OSError as error:
             if isinstance(error, LastgoodError):
@@ -176,9 +178,10 @@ class Manager:
         """Apply the policy to what is on disk now; the decisions with their reasons go to the journal."""
         self._still_ours()  # whoever was fenced off deletes nothing either
         found = self.records()
-        decisions = policy.decide(found, self.keep, protect=going_on(found, read_head(self.root, self.run)))
+        decisions = policy.decide(found, self.keep, protect=protected(self.root, found, self.run, self._sightings))
         try:
-            gc.execute(self.root, gc.plan([d.record for d in decisions], decisions))
+            gc.execute(self.root, gc.plan([d.record for d in decisions], decisions), sightings=self._sightings)
+            leases.sweep(self.root, self._sightings)
         except OSError as error:
             # Too much on disk is better than a run that dies; the next save tries again.
             warn(f"retention: {error}; nothing that is kept was touched, the rest goes at the next save")
@@ -223,7 +226,7 @@ class Manager:
         free, inodes = local.free(self.root)
         if free >= estimate + RESERVE and (inodes < 0 or inodes > 64):
             return
-        gc.sweep(self.root)  # leftovers of interrupted saves and deletions are the first to go
+        gc.sweep(self.root, self._sightings)  # leftovers of interrupted saves and deletions are the first to go
         free, inodes = local.free(self.root)
         # In vain it isn't emptied: without enough in it, the save fails just the same.
         enough = free + bin.size(self.root) >= estimate + RESERVE
@@ -262,10 +265,11 @@ class Manager:
         Raises NoCheckpoint, with a line for each that was passed over, when none is left.
         """
         everything = self.records()
+        monitor, mode = self.keep.primary
         skipped = [(r.name, r.problem or r.state) for r in everything if r.state in ("incomplete", "foreign")]
         damaged = [r.name for r in everything if r.state == "incomplete"]
         choice = first_good(
-            in_order(everything, what, monitor=self.keep.monitor, mode=self.keep.mode),
+            in_order(everything, what, monitor=monitor, mode=mode),
             lambda record: verify.problems(self.root, record, full=self.verify == "full"),
             weights="holds the weights alone" if full else "",
             fall_back=not isinstance(what, int),

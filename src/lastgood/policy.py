@@ -8,48 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
 from lastgood.errors import UsageError, wrong_type
-from lastgood.model import Record, finite
+from lastgood.formula import parse
+from lastgood.model import Record
+from lastgood.ranking import Mode, known_mode, metric_of, ranking
 
-Mode = Literal["min", "max"]
-
-LOWER = frozenset(
-    """
-    loss perplexity ppl wer cer mer ter mse rmse mae mape nll bpb bpc bits_per_byte bits_per_char error
-    err error_rate fid hamming_loss brier ece cross_entropy
-    """.split()  # noqa: SIM905 (a list of words)
-)
-HIGHER = frozenset(
-    """
-    accuracy acc f1 precision recall bleu sacrebleu chrf meteor rouge rouge1 rouge2 rougel rougelsum auc
-    auroc map mrr ndcg reward rewards exact_match em r2 pearson pearsonr spearman spearmanr mcc
-    matthews_correlation win_rate iou miou dice cosine_accuracy mean_token_accuracy ssim psnr bertscore
-    comet pass@1 pass@10 pass@100 score
-    """.split()  # noqa: SIM905 (a list of words)
-)
-TURNED = frozenset("neg negative negated minus inv inverse drop gap delta diff improvement std var".split())  # noqa: SIM905
-"""Words that turn a metric round or make another quantity of it: a higher neg_log_loss is better."""
-
-
-def known_mode(name: str) -> Mode | None:
-    """Whether a lower or a higher value of a well-known metric is better; None if the name doesn't say for sure.
-
-    The last or first words of a name count (eval_de_loss, loss_de, eval_math_accuracy), unless any others disagree
-    or turn it round (neg_log_loss, 1-wer): then nothing is known, for a guess would keep the worst.
-    """
-    plain = name.lower().removeprefix("eval_")
-    words = plain.replace("/", "_").replace("-", "_").split("_")
-    if plain.startswith("1-") or not TURNED.isdisjoint(words):
-        return None
-    pieces = {"_".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)}
-    ends = {"_".join(words[:n]) for n in range(1, len(words) + 1)} | {"_".join(words[n:]) for n in range(len(words))}
-    if pieces & LOWER and pieces & HIGHER:
-        return None
-    return "min" if ends & LOWER else "max" if ends & HIGHER else None
+Monitors = tuple[tuple[str, Mode], ...]
+"""Metrics with their directions, the first one first."""
 
 
 class Keep(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,6 +28,9 @@ class Keep(msgspec.Struct, frozen=True, kw_only=True):
         of save_total_limit. last: the newest. best: the best by `monitor`. every: those at multiples of this many
     steps. within: those saved at most this many seconds before the newest. full: of those that stay, how many of the
     newest keep everything a resume needs, the others keep their weights; None: all.
+
+    monitor: a metric, or a formula of metrics ("0.5*mmlu + 0.5*gsm8k"), and whether the "min" or the "max" is best;
+    or several, with as many modes: the best by each stay. The first is what "best" alone means, and goes by in total.
     """
 
     total: int | None = None
@@ -67,8 +39,8 @@ class Keep(msgspec.Struct, frozen=True, kw_only=True):
     every: int | None = None
     within: float | None = None
     full: int | None = None
-    monitor: str | None = None
-    mode: Mode | None = None
+    monitor: str | tuple[str, ...] | None = None
+    mode: Mode | tuple[Mode | None, ...] | None = None
 
     def __post_init__(self) -> None:
         for option in ("total", "last", "best", "every", "full"):
@@ -79,21 +51,35 @@ class Keep(msgspec.Struct, frozen=True, kw_only=True):
             raise wrong_type("Keep(within)", self.within, "a number of seconds above 0, or None")
         if self.total is not None and (self.last is not None or self.best is not None):
             raise UsageError("Keep(total) already says how many newest and best ones stay; leave out last and best")
-        if self.monitor is not None and (not isinstance(self.monitor, str) or not self.monitor):
-            raise wrong_type("Keep(monitor)", self.monitor, "the name of a metric")
-        if self.best is not None and self.monitor is None:
+        names, modes = _listed(self.monitor), _listed(self.mode)
+        if not all(isinstance(name, str) and name for name in names) or (self.monitor is not None and not names):
+            raise wrong_type("Keep(monitor)", self.monitor, "the name of a metric, or several")
+        if len(set(names)) < len(names):
+            raise UsageError("Keep(monitor) names a metric twice")
+        if self.best is not None and not names:
             raise UsageError("Keep(best) needs monitor: best by which metric?", hint="monitor='eval_loss'")
-        if self.mode not in (None, "min", "max"):
+        if not all(mode in (None, "min", "max") for mode in modes):
             raise wrong_type("Keep(mode)", self.mode, "'min' or 'max'")
-        if self.monitor is not None and self.mode is None:
-            guess = known_mode(self.monitor)
-            if guess is None:
-                raise UsageError(
-                    f"is a lower or a higher {self.monitor} better?",
-                    hint="give mode='min' or mode='max'",
-                    code="CKB005",
-                )
-            msgspec.structs.force_setattr(self, "mode", guess)
+        if names and modes and len(modes) != len(names):
+            raise UsageError(
+                f"Keep(monitor) names {len(names)} metrics and mode {len(modes)} directions: give one for each",
+                hint="monitor=('eval_loss', 'mmlu'), mode=('min', 'max')",
+            )
+        if names:
+            found = tuple(map(_direction, names, modes or (None,) * len(names)))
+            one = len(names) == 1
+            msgspec.structs.force_setattr(self, "monitor", names[0] if one else names)
+            msgspec.structs.force_setattr(self, "mode", found[0] if one else found)
+
+    @property
+    def monitors(self) -> Monitors:
+        """The metrics with their directions; () if there are none."""
+        return tuple(zip(_listed(self.monitor), _listed(self.mode), strict=False))
+
+    @property
+    def primary(self) -> tuple[str, Mode] | tuple[None, None]:
+        """What "best" means: the first metric, and its direction."""
+        return next(iter(self.monitors), (None, None))
 
     @classmethod
     def from_limit(cls, limit: int | None, monitor: str | None, mode: Mode | None) -> Keep:
@@ -106,11 +92,11 @@ class Keep(msgspec.Struct, frozen=True, kw_only=True):
 
     def describe(self) -> str:
         """One line for people: keep the last 2, the best 3 by eval_loss, full state for the newest 1."""
+        names = [name for name, _ in self.monitors]
         rules = {
-            "total": f"{self.total} in all (the newest"
-            + (f", the best others by {self.monitor})" if self.monitor else ")"),
+            "total": f"{self.total} in all (the newest" + (f", the best others by {names[0]})" if names else ")"),
             "last": f"the last {self.last}",
-            "best": f"the best {self.best} by {self.monitor}",
+            "best": f"the best {self.best} by {' and by '.join(names)}",
             "every": f"every {self.every} steps",
             "within": f"all within {self.within:g} s of the newest" if self.within else "",
             "full": f"full state for the newest {self.full}",
@@ -133,32 +119,22 @@ class Decision(msgspec.Struct, frozen=True):
     reasons: tuple[str, ...]
 
 
+def _listed(value: Any) -> tuple[Any, ...]:
+    """One or several values of an option; a list comes from JSON."""
+    return () if value is None else tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def _direction(name: str, mode: Mode | None) -> Mode:
+    """Raises UsageError where the name doesn't tell it, and for a formula with a slip."""
+    parse(name)
+    found = mode or known_mode(name)
+    if found is None:
+        raise UsageError(f"is a lower or a higher {name} better?", hint="give mode='min' or mode='max'", code="CKB005")
+    return found
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def metric_of(record: Record, monitor: str) -> float | None:
-    """The record's value; `loss` and `eval_loss` name the same metric. None if it ranks nowhere (missing, NaN)."""
-    for name in (monitor, f"eval_{monitor}", monitor.removeprefix("eval_")):
-        if name in record.metrics:
-            return finite(record.metrics[name])
-    return None
-
-
-def ranking(records: Sequence[Record], monitor: str, mode: Mode) -> tuple[Record, ...]:
-    """The current branch's healthy checkpoints with a finite metric, best first.
-
-    Of equals the newer comes first: it has seen more data, and resuming from it redoes less.
-    """
-    sign = 1.0 if mode == "min" else -1.0
-    valued = [(metric_of(record, monitor), record) for record in records if record.good]
-    ranked = sorted((sign * value, -record.seq, record.name, record) for value, record in valued if value is not None)
-    return tuple([entry[3] for entry in ranked])
-
-
-def best(records: Sequence[Record], monitor: str, mode: Mode) -> Record | None:
-    """The best checkpoint of the current branch: what gets deployed."""
-    return next(iter(ranking(records, monitor, mode)), None)
 
 
 def latest(records: Sequence[Record]) -> Record | None:
@@ -204,14 +180,14 @@ def at_step(records: Sequence[Record], step: int) -> tuple[Record, ...]:
 def decide(records: Sequence[Record], keep: Keep, *, protect: Collection[str] = ()) -> tuple[Decision, ...]:
     """One decision per record, in the order given. `protect`: ids that stay as they are (a mapping gives reasons)."""
     mine = sorted([r for r in records if r.good], key=lambda r: -r.seq)
-    ranked = ranking(mine, keep.monitor, keep.mode) if keep.monitor is not None and keep.mode is not None else ()
+    ranked = {name: ranking(mine, name, mode) for name, mode in keep.monitors}
     wanted = _wanted(mine, ranked, keep)
     newest_full = latest(mine)
     # Counted among those that stay: one that is about to be deleted would use up a place, and the run would be
     # left with fewer recovery points than were asked for.
     stay = [r for r in mine if r.state == "full" and (r.name in wanted or _held(r, protect))]
     places = {record.name: place for place, record in enumerate(mine, 1)}
-    ranks = {record.name: rank for rank, record in enumerate(ranked, 1)}
+    ranks = {name: {record.name: rank for rank, record in enumerate(order, 1)} for name, order in ranked.items()}
     stays_full = {record.name for record in stay[: keep.full]}
     decisions = []
     successor = newest_full or next(iter(mine), None)
@@ -226,7 +202,7 @@ def decide(records: Sequence[Record], keep: Keep, *, protect: Collection[str] = 
         held = _held(record, protect)
         reasons = held + wanted.get(record.name, ())
         if not reasons:
-            decisions.append(Decision(record, "delete", (_why_not(record, places, ranks, keep),)))
+            decisions.append(Decision(record, "delete", (_why_not(record, places, ranks),)))
         elif keep.full is None or record.state != "full" or record.name in stays_full or held or record is newest_full:
             decisions.append(Decision(record, "keep", reasons))
         else:
@@ -235,7 +211,9 @@ def decide(records: Sequence[Record], keep: Keep, *, protect: Collection[str] = 
     return tuple(decisions)
 
 
-def enough(decisions: Sequence[Decision], wanted: int, gain: Callable[[Decision], int]) -> tuple[Decision, ...]:
+def enough(
+    decisions: Sequence[Decision], wanted: int, gain: Callable[[Decision], int], *, protect: Collection[str] = ()
+) -> tuple[Decision, ...]:
     """Of these decisions as many as free `wanted` bytes: deletions before strips, branches left and old ones first.
 
     gain: bytes that a decision frees. Strips that the policy didn't ask for are added if deletions don't suffice,
@@ -246,7 +224,7 @@ def enough(decisions: Sequence[Decision], wanted: int, gain: Callable[[Decision]
     for decision in decisions:
         record = decision.record
         free_to_go = decision.action == "keep" and record.state == "full" and record.current and not record.pinned
-        if free_to_go and record is not newest:
+        if free_to_go and record is not newest and record.id not in protect:
             queue.append(Decision(record, "strip", (*decision.reasons, "weights only: the space is needed")))
     order = {"delete": 0, "strip": 1}
     queue.sort(key=lambda d: (order[d.action], d.record.current, d.record.seq))
@@ -263,8 +241,8 @@ def enough(decisions: Sequence[Decision], wanted: int, gain: Callable[[Decision]
     )
 
 
-def _wanted(mine: Sequence[Record], ranked: Sequence[Record], keep: Keep) -> dict[str, tuple[str, ...]]:
-    """name -> reasons of the rules that want it. `mine` newest first, `ranked` best first."""
+def _wanted(mine: Sequence[Record], ranked: Mapping[str, Sequence[Record]], keep: Keep) -> dict[str, tuple[str, ...]]:
+    """name -> reasons of the rules that want it. `mine` newest first, `ranked` best first, by each metric."""
     reasons: dict[str, list[str]] = {}
 
     def want(record: Record, reason: str) -> None:
@@ -273,15 +251,17 @@ def _wanted(mine: Sequence[Record], ranked: Sequence[Record], keep: Keep) -> dic
     recovery = latest(mine)
     if recovery is not None:
         want(recovery, "latest: what a recovery resumes from")
-    if ranked and keep.monitor is not None:
-        want(ranked[0], f"best: {keep.monitor} = {metric_of(ranked[0], keep.monitor):.6g}")
+    for name, order in ranked.items():
+        for winner in order[:1]:
+            want(winner, f"best: {name} = {metric_of(winner, name):.6g}")
     if keep.unlimited:
         for record in mine:
             want(record, "no limit is set")
     for place, record in enumerate(mine[: keep.last or 0], 1):
         want(record, f"last {place}/{keep.last}")
-    for place, record in enumerate(ranked[: keep.best or 0], 1):
-        want(record, f"best {place}/{keep.best} by {keep.monitor}")
+    for name, order in ranked.items():
+        for place, record in enumerate(order[: keep.best or 0], 1):
+            want(record, f"best {place}/{keep.best} by {name}")
     if keep.every is not None:
         for record in mine:
             if record.step % keep.every == 0:
@@ -293,13 +273,14 @@ def _wanted(mine: Sequence[Record], ranked: Sequence[Record], keep: Keep) -> dic
             if newest - created <= keep.within:
                 want(record, f"saved within {keep.within:g} s of the newest")
     if keep.total is not None and mine:
-        others = [record for record in ranked if record is not mine[0]]
+        first, _ = keep.primary
+        others = [record for record in ranked.get(first or "", ()) if record is not mine[0]]
         there = {record.name for record in others}
         others += [record for record in mine[1:] if record.name not in there]
         for place, record in enumerate([mine[0], *others][: keep.total], 1):
-            value = None if keep.monitor is None else metric_of(record, keep.monitor)
-            kind = "newest" if place == 1 else "best others" if ranked else "newest ones"
-            score = "" if value is None or place == 1 else f", {keep.monitor} = {value:.6g}"
+            value = None if first is None else metric_of(record, first)
+            kind = "newest" if place == 1 else "best others" if ranked.get(first or "") else "newest ones"
+            score = "" if value is None or place == 1 else f", {first} = {value:.6g}"
             want(
                 record,
                 f"{place} of {keep.total} in all ({kind}{score})",
@@ -342,14 +323,14 @@ def _not_ours(record: Record) -> str:
     }.get(record.state, f"incomplete ({record.problem}); never touched")
 
 
-def _why_not(record: Record, places: Mapping[str, int], ranks: Mapping[str, int], keep: Keep) -> str:
+def _why_not(record: Record, places: Mapping[str, int], ranks: Mapping[str, Mapping[str, int]]) -> str:
     text = f"{_ordinal(places[record.name])} newest of {len(places)}"
-    if keep.monitor is not None:
-        value = metric_of(record, keep.monitor)
+    for name, order in ranks.items():
+        value = metric_of(record, name)
         if value is None:
-            text += f", without a finite {keep.monitor}"
+            text += f", without a finite {name}"
         else:
-            text += f", {keep.monitor} {value:.6g} is {_ordinal(ranks[record.name])} of {len(ranks)}"
+            text += f", {name} {value:.6g} is {_ordinal(order[record.name])} of {len(order)}"
     return f"no rule keeps it: {text}"
 
 

@@ -13,10 +13,12 @@ import msgspec
 
 from lastgood import policy
 from lastgood.errors import NotEnoughSpace, Refused, UsageError
+from lastgood.formula import parse
 from lastgood.layouts.found import modified
 from lastgood.manager import RESERVE
 from lastgood.model import TRAINERS, Record
 from lastgood.policy import Decision, Keep
+from lastgood.ranking import also_called, needs
 from lastgood.repo import gc
 from lastgood.repo.read import records
 from lastgood.store import local
@@ -47,12 +49,13 @@ def plan(view: View, rules: dict[str, Any], *, to_free: int | None = None, scope
     found = [msgspec.structs.replace(r, state="stock") if _aside(r, scope) else r for r in found]
     if not any(record.id for record in found):
         found = [msgspec.structs.replace(r, current=True) if r.ours else r for r in found]
-    decisions = [_whole(decision) for decision in policy.decide(found, keep, protect=view.protect)]
+    protect = view.protect
+    decisions = [_whole(decision) for decision in policy.decide(found, keep, protect=protect)]
     if scope.abandoned:
-        decisions = [_abandoned(decision) for decision in decisions]
+        decisions = [d if d.record.id in protect else _abandoned(d) for d in decisions]
     if to_free is None:
         return decisions
-    enough = policy.enough(decisions, to_free, lambda decision: gc.gain(_whole(decision)))
+    enough = policy.enough(decisions, to_free, lambda decision: gc.gain(_whole(decision)), protect=protect)
     enough = tuple(_whole(decision) for decision in enough)
     freed = sum(gc.gain(decision) for decision in enough)
     if freed < to_free:
@@ -74,11 +77,14 @@ def _keep(view: View, rules: dict[str, Any], to_free: int | None) -> Keep:
                 hint="lastgood prune --keep-last 2 --keep-best 3 --dry-run",
             )
         # As it is, without a metric that the run itself doesn't go by: what the live run would do, and its reasons.
-        return Keep(**{**view.keep.options(), **chosen})
+        own = view.keep.options()
+        if "monitor" in chosen:
+            own.pop("mode", None)  # the direction of another metric
+        return Keep(**{**own, **chosen})
     if not limits and to_free is not None:
         chosen = {"last": 1, **chosen}
     if "monitor" not in chosen and view.monitor is not None:
-        chosen |= {"monitor": view.monitor, "mode": chosen.get("mode", view.mode)}
+        chosen = {**view.metric, **chosen}
     return Keep(**chosen)
 
 
@@ -139,14 +145,19 @@ def changed(view: View) -> list[str]:
 
 
 def ranks(view: View, monitor: str) -> None:
-    """Raises UsageError for a metric that no checkpoint has, while others are recorded: the best would go unseen."""
+    """Raises UsageError for a metric that no checkpoint has, while others are recorded: the best would go unseen.
+
+    Of a formula each of its metrics counts.
+    """
     own = [record for record in view.records if record.ours]
     known = sorted({name for record in own for name in record.metrics})
-    if known and not {monitor, f"eval_{monitor}", monitor.removeprefix("eval_")} & set(known):
-        raise UsageError(
-            f"no checkpoint has a {monitor}: none would be kept as the best",
-            hint=f"recorded metrics: {', '.join(known)}",
-        )
+    parse(monitor)  # a slip in a formula is named as such
+    for name in () if monitor in known else needs(monitor):
+        if known and not set(also_called(name)) & set(known):
+            raise UsageError(
+                f"no checkpoint has a {name}: none would be kept as the best",
+                hint=f"recorded metrics: {', '.join(known)}",
+            )
 
 
 def short_of_room(view: View) -> bool:

@@ -13,7 +13,7 @@ import msgspec
 from lastgood import policy
 from lastgood.errors import NoCheckpoint
 from lastgood.model import Record
-from lastgood.policy import Mode
+from lastgood.ranking import Mode, ranking
 
 UNADOPTED = "written without lastgood: `lastgood adopt` takes it into the run"
 """Why a stock Trainer's checkpoint is passed over in a managed run, however far it is."""
@@ -49,7 +49,7 @@ def in_order(
                 "which checkpoint is the best is not defined: there is no metric",
                 hint="set metric_for_best_model and greater_is_better",
             )
-        return policy.ranking(found, monitor, mode)
+        return ranking(found, monitor, mode)
     return policy.at_step(found, what)
 
 

@@ -8,28 +8,37 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from lastgood import policy
+from lastgood import policy, ranking
 from lastgood.errors import NoCheckpoint, UsageError
 from lastgood.model import Record, on_lineage
-from lastgood.policy import Mode
+from lastgood.policy import Monitors
+from lastgood.ranking import Mode
 
 _BACK = re.compile(r"(.+?)~(\d{0,6})")
 
 
-def resolve(text: str, records: Sequence[Record], *, monitor: str | None = None, mode: Mode | None = None) -> Record:
+def resolve(
+    text: str,
+    records: Sequence[Record],
+    *,
+    monitor: str | None = None,
+    mode: Mode | None = None,
+    others: Monitors = (),
+) -> Record:
     """The checkpoint that `text` names. Raises NoCheckpoint, with what is near, or UsageError if several match.
 
-    monitor, mode: the metric that `best` alone means.
+    monitor, mode: the metric that `best` alone means. others: further ones whose direction is known.
     """
     back = _BACK.fullmatch(text)
     if back and text.count("~") > 50:
         raise UsageError(f"{text[:40]!r}... goes back too often", hint="latest~60 is one step of sixty")
     if back:
-        return _before(resolve(back[1], records, monitor=monitor, mode=mode), int(back[2] or 1), records)
+        start = resolve(back[1], records, monitor=monitor, mode=mode, others=others)
+        return _before(start, int(back[2] or 1), records)
     if text in ("latest", "last", "HEAD"):
         return _latest(records)
     if text == "best" or text.startswith("best:"):
-        return _best(records, *metric_named(text, records, monitor, mode))
+        return _best(records, *metric_named(text, records, monitor, mode, others))
     found = _matches(text, records)
     if not found:
         raise NoCheckpoint(f"no checkpoint is called {text!r}", hint=_near(text, records))
@@ -56,7 +65,10 @@ def _latest(records: Sequence[Record]) -> Record:
     return record
 
 
-def metric_named(text: str, records: Sequence[Record], monitor: str | None, mode: Mode | None) -> tuple[str, Mode]:
+def metric_named(
+    text: str, records: Sequence[Record], monitor: str | None, mode: Mode | None, others: Monitors = ()
+) -> tuple[str, Mode]:
+    """The metric that best or best:METRIC[:min|max] means, and its direction."""
     name, _, direction = text.removeprefix("best").removeprefix(":").partition(":")
     if direction not in ("", "min", "max"):
         raise UsageError(f"{text!r}: after the metric comes min or max", hint=f"best:{name}:min")
@@ -64,9 +76,9 @@ def metric_named(text: str, records: Sequence[Record], monitor: str | None, mode
     if wanted is None:
         known = ", ".join(sorted({name for record in records for name in record.metrics})) or "none"
         raise UsageError("best by which metric?", hint=f"best:METRIC; recorded are: {known}")
-    own = mode if wanted == monitor else None
+    own = mode if wanted == monitor else dict(others).get(wanted)
     found: Mode | None = (
-        "min" if direction == "min" else "max" if direction == "max" else own or policy.known_mode(wanted)
+        "min" if direction == "min" else "max" if direction == "max" else own or ranking.known_mode(wanted)
     )
     if found is None:
         raise UsageError(f"is a lower or a higher {wanted} better?", hint=f"best:{wanted}:min or best:{wanted}:max")
@@ -74,7 +86,7 @@ def metric_named(text: str, records: Sequence[Record], monitor: str | None, mode
 
 
 def _best(records: Sequence[Record], monitor: str, mode: Mode) -> Record:
-    record = policy.best(records, monitor, mode)
+    record = ranking.best(records, monitor, mode)
     if record is None:
         known = ", ".join(sorted({name for r in records for name in r.metrics})) or "none"
         raise NoCheckpoint(f"no checkpoint has a {monitor}", hint=f"recorded metrics: {known}")

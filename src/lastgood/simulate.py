@@ -11,7 +11,7 @@ from functools import cached_property, partial
 
 import msgspec
 
-from lastgood import policy
+from lastgood import policy, ranking
 from lastgood.errors import NoCheckpoint
 from lastgood.model import (
     FORMAT,
@@ -116,8 +116,8 @@ class Moment:
     @property
     def best(self) -> Record | None:
         """What gets deployed."""
-        monitor, mode = self.keep.monitor, self.keep.mode
-        return policy.best(self.records, monitor, mode) if monitor is not None and mode is not None else None
+        monitor, mode = self.keep.primary
+        return ranking.best(self.records, monitor, mode) if monitor is not None and mode is not None else None
 
 
 def simulate(history: Iterable[Event], keep: Keep) -> tuple[Moment, ...]:

@@ -14,12 +14,14 @@ import msgspec
 
 from lastgood import policy
 from lastgood.errors import LastgoodError
-from lastgood.model import TRAINERS, FileEntry, Manifest, Record, going_on
-from lastgood.policy import Keep, Mode, known_mode
+from lastgood.model import TRAINERS, FileEntry, Manifest, Record
+from lastgood.policy import Keep
+from lastgood.ranking import Mode, known_mode
 from lastgood.repo import pins
 from lastgood.repo.layout import HIDDEN, step_of
+from lastgood.repo.protect import protected
 from lastgood.repo.read import identify, records, whole
-from lastgood.repo.run import read_head, read_policy
+from lastgood.repo.run import read_policy
 from lastgood.store import local
 
 if TYPE_CHECKING:
@@ -51,8 +53,15 @@ class View(msgspec.Struct, frozen=True):
 
     @property
     def protect(self) -> Mapping[str, str]:
-        """id -> why it stays, whatever the policy says: where a resumed run goes on from."""
-        return going_on(self.native, read_head(self.root, self.run))
+        """id -> why it stays, whatever the policy says."""
+        return protected(self.root, self.native, self.run)
+
+    @property
+    def metric(self) -> dict[str, Any]:
+        """The options monitor and mode of a policy that ranks as the run does, by all metrics of its own policy."""
+        if self.keep is not None and self.keep.monitors:
+            return {"monitor": self.keep.monitor, "mode": self.keep.mode}
+        return {} if self.monitor is None else {"monitor": self.monitor, "mode": self.mode}
 
     @property
     def layout(self) -> str:
@@ -102,7 +111,7 @@ def look(root: Path, *, outline: bool = False) -> View:
     there = {record.name for record in native}
     everything += [record for name, record in others.items() if name not in there]
     everything.sort(key=lambda record: (record.step, record.seq, record.name))
-    keep = _policy(root)
+    keep = own_policy(root)
     monitor, mode = _metric(root, everything, keep)
     return View(root, native, tuple(everything), found, monitor, mode, keep, pins.read_notes(root))
 
@@ -153,9 +162,11 @@ def _record(name: str, item: Found, place: int, managed: bool) -> Record:
     )
 
 
-def _policy(root: Path) -> Keep | None:
+def own_policy(root: Path) -> Keep | None:
+    """What the run was last started with; None if that isn't known."""
     options: dict[str, Any] = read_policy(root)
-    if len(str(options.get("monitor", ""))) > LONGEST:
+    named = options.get("monitor", "")
+    if any(len(str(name)) > LONGEST for name in (named if isinstance(named, list) else [named])):
         return None
     try:
         return Keep(**options) if options else None
@@ -165,8 +176,8 @@ def _policy(root: Path) -> Keep | None:
 
 def _metric(root: Path, everything: Sequence[Record], keep: Keep | None) -> tuple[str | None, Mode | None]:
     """The policy's metric, else that in the newest checkpoint's arguments, else a well-known one that is recorded."""
-    if keep is not None and keep.monitor is not None:
-        return keep.monitor, keep.mode
+    if keep is not None and keep.monitors:
+        return keep.primary
     newest = max((r for r in everything if r.ours), key=lambda r: (r.current, r.seq), default=None)
     if newest is None:
         return None, None

@@ -119,7 +119,7 @@ def kinds(view: View) -> list[Row]:
 def _decisions(view: View) -> tuple[policy.Decision, ...]:
     if view.keep is None:
         return ()
-    return policy.decide(view.native, view.keep)
+    return policy.decide(view.native, view.keep, protect=view.protect)
 
 
 def _weigh(path: Path, seen: set[tuple[int, int]]) -> tuple[int, int]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lastgood.cli import memory, text
 from lastgood.cli.place import run_at, run_option
 from lastgood.cli.table import Column, Row, Style, choose, emit, emit_json, lines, options, ordered, terminal_width
+
+if TYPE_CHECKING:
+    from lastgood.ranking import Mode
 
 SCHEMA = "lastgood.log/1"
 
@@ -24,6 +27,7 @@ SCHEMA = "lastgood.log/1"
 @click.option("--graph", is_flag=True, help="Draw the branches that resumes from older checkpoints made.")
 @click.option("-n", "count", type=click.IntRange(min=1), help="Only the newest N.")
 @click.option("--best", "metric", metavar="METRIC", help="The metric to mark the best by.")
+@click.option("--pareto", metavar="METRIC,...", help="Mark those that none beats: eval_loss:min,mmlu:max.")
 def log(
     root: str | None,
     run: str | None,
@@ -32,6 +36,7 @@ def log(
     graph: bool,
     count: int | None,
     metric: str | None,
+    pareto: str | None,
 ) -> None:
     """The checkpoints of a run, newest first: step, age, metrics, state, size, and why each is kept.
 
@@ -39,7 +44,12 @@ def log(
     damage), foreign (another run's), deleted (with --all). A star marks the best.
     """
     path = run_at(root, run)
-    rows, head = listing(path, metric)
+    aims = None
+    if pareto is not None:
+        from lastgood.cli.metric import aims as named
+
+        aims = named(pareto)
+    rows, head = listing(path, metric, aims)
     if everything:
         from lastgood.cli.rows import deleted, newest
 
@@ -47,9 +57,12 @@ def log(
     known = log_columns(style, head)
     shown = list(ordered(rows, known, style))[:count]
     if style.json:
-        emit_json(SCHEMA, {"run": head, "checkpoints": shown})
+        plain = [{key: value for key, value in row.items() if not key.startswith("metrics.")} for row in shown]
+        emit_json(SCHEMA, {"run": head, "checkpoints": plain})
         return
     default = ["step", "when", "train", "eval", "state", "size", "why"]
+    if aims is not None:
+        default[3:4] = ["pareto", *(f"metrics.{name}" for name in aims)]
     if any(not _plainly_named(row) for row in shown):
         default.insert(1, "name")
     marks = [""] * (len(shown) + 1)
@@ -68,15 +81,17 @@ def log(
     emit(table)
 
 
-def listing(path: Path, metric: str | None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def listing(
+    path: Path, metric: str | None, aims: Mapping[str, Mode] | None = None
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """(rows, head), remembered between calls for runs of very many checkpoints."""
 
     def read() -> memory.Listing:
         from lastgood.cli import rows  # with all that it takes to look at a run: not needed for what is remembered
 
-        return rows.listing(path, metric)
+        return rows.listing(path, metric, aims)
 
-    return memory.remembered(path, metric or "", read)
+    return memory.remembered(path, repr((metric, aims)), read)
 
 
 def _plainly_named(row: Row) -> bool:
@@ -94,6 +109,11 @@ def log_columns(style: Style, head: Mapping[str, Any]) -> list[Column]:
         Column("train", "TRAIN", text.number, right=True),
         Column("eval", text.plain(metric), text.number, right=True),
         Column("metrics", "METRICS", lambda m: " ".join(f"{k}={text.number(v)}" for k, v in m.items()), shrink=True),
+        Column("pareto", "PARETO", lambda front: "*" if front else ""),
+        *[
+            Column(f"metrics.{name}", text.plain(name).upper(), text.number, right=True)
+            for name in head["pareto"] or ()
+        ],
         Column("state", "STATE", str),
         Column("layout", "WRITTEN BY", str),
         Column("size", "SIZE", style.size, right=True),
@@ -126,6 +146,9 @@ def foot(path: Path, head: Mapping[str, Any], rows: Sequence[Row], shown: Sequen
     gone = memory.count_deleted(path)
     if gone and not any(row["state"] == "deleted" for row in rows):
         notes.append(f"...{gone} {'were' if gone > 1 else 'was'} deleted (lastgood log --all)")
+    if head["pareto"]:
+        said = ", ".join(f"{name} ({'lower' if way == 'min' else 'higher'})" for name, way in head["pareto"].items())
+        notes.append(f"PARETO *: none is better in one of {text.plain(said)} and as good in the others")
     if any(row["best"] for row in rows):
         better = "lower" if head["mode"] == "min" else "higher"
         notes.append(f"* best {text.plain(str(head['monitor']))} ({better} is better)")

@@ -122,7 +122,7 @@ def _one(root: str | None, rev: str, verb: str) -> tuple[Path, View, Record]:
 
 def _pair(pair: str) -> tuple[str, float]:
     name, equals, value = pair.partition("=")
-    if not equals or not name or not name.isprintable() or len(name) > 200 or any(c.isspace() for c in name):
+    if not equals or not name:
         raise UsageError(f"{pair!r}: metrics are given as KEY=VALUE", hint="for instance mmlu=0.61")
     try:
         number: Any = float(value)
@@ -130,7 +130,7 @@ def _pair(pair: str) -> tuple[str, float]:
         raise UsageError(f"{value!r} is not a number", hint=f"{name}=0.61") from None
     if not math.isfinite(number):
         raise UsageError(f"{name}={value} can't rank anything", hint="leave a metric out that has no value")
-    return name, number
+    return name, metrics.checked(name, number)
 
 
 def _held(names: tuple[str, ...]) -> str:

@@ -160,7 +160,8 @@ def pick(view: View, rev: str) -> Record:
     """The checkpoint that a revision names."""
     from lastgood.rev import resolve
 
-    return resolve(rev, view.records, monitor=view.monitor, mode=view.mode)
+    others = view.keep.monitors if view.keep is not None else ()
+    return resolve(rev, view.records, monitor=view.monitor, mode=view.mode, others=others)
 
 
 def adopted(view: View, record: Record, verb: str) -> Record:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lastgood import units
-from lastgood.cli import text
+from lastgood.cli import metric, text
 from lastgood.cli.place import is_run, run_option
 from lastgood.cli.table import Style, emit, emit_json, forms, terminal_width
 from lastgood.errors import UsageError
@@ -45,7 +45,7 @@ SCHEMA = "lastgood.plan/1"
 @click.option("--keep-full", type=int, metavar="N", help="Full state only for the newest N.")
 @click.option("--save-total-limit", type=int, metavar="N", help="N in all, the newest and the best.")
 @click.option("--load-best/--no-load-best", "load_best_model_at_end", default=None, help="Of the stock Trainer.")
-@click.option("--monitor", metavar="METRIC", help="What best means (eval_loss).")
+@click.option("--monitor", metavar="METRIC", multiple=True, help="What best means (eval_loss); of a RUN also several.")
 @click.option("--mode", type=click.Choice(["min", "max"]), help="Whether a lower or a higher value is better.")
 @click.option("--metrics", metavar="FILE|SHAPE", help="Values by step; or falling, overfit@1500, flat, noisy, none.")
 @click.option("--crash-at", type=int, metavar="STEP", help="What is there after a crash at this step.")
@@ -64,12 +64,15 @@ def plan(root: str | None, run: str | None, style: Style, model: str | None, plo
     With RUN instead of --model: what another policy would have left of this run's checkpoints, from its journal and
     metrics. Nothing is changed. Exit status 1: it doesn't fit on --disk.
     """
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    given |= {name: value for name, value in metric.named(options["monitor"], options["mode"]).items() if value}
     if model is None:
         if plot is not None:
             raise UsageError("--plot belongs to a plan with --model", hint="`lastgood df` shows a run's disk use")
         _replayed(root, run, style, given)
         return
+    if isinstance(given.get("monitor"), tuple):
+        raise UsageError("several metrics have no course to plan with", hint="leave one --monitor, or plan a RUN")
     if run is not None or root is not None:
         raise UsageError("a RUN and --model are two questions", hint="leave one of them out")
     if plot not in (None, "-"):

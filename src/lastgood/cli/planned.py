@@ -101,7 +101,7 @@ def _row(outcome: Outcome) -> dict[str, Any]:
 
 
 def _crashes(plan: Plan, style: Style) -> list[str]:
-    monitor = plan.keep.monitor
+    monitor, _ = plan.keep.primary
     columns = [
         Column("name", "SYSTEM", str),
         Column("step", "STEP", str, right=True),

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from lastgood import units
-from lastgood.cli import text
+from lastgood.cli import metric, text
 from lastgood.cli.held import confirm, held
 from lastgood.cli.place import run_at, run_option
 from lastgood.cli.table import Style, emit, emit_json, forms
@@ -36,7 +36,7 @@ SCHEMA = "lastgood.prune/1"
     "--keep-total", "total", type=int, metavar="N", help="N in all, the newest and the best: save_total_limit."
 )
 @click.option("--full", type=int, metavar="N", help="Full state only for the newest N; the others keep their weights.")
-@click.option("--monitor", metavar="METRIC", help="What best means; else the run's own metric.")
+@click.option("--monitor", metavar="METRIC", multiple=True, help="What best means, METRIC:max say; again for more.")
 @click.option("--mode", type=click.Choice(["min", "max"]), help="Whether a lower or a higher value is better.")
 @click.option("--to-free", metavar="SIZE", help="Only as much as frees 200GB, the oldest first; frees it at once.")
 @click.option("--stock", is_flag=True, help="Also checkpoints that a Trainer wrote without lastgood.")
@@ -64,8 +64,9 @@ def prune(
             _empty(path, style, dry_run, yes)
             return
         view = look(path, outline=dry_run)
-        if rules["monitor"] is not None:
-            ranks(view, rules["monitor"])
+        for name, _ in map(metric.split, rules["monitor"]):
+            ranks(view, name)
+        rules |= metric.named(rules["monitor"], rules["mode"])
         wanted = None if to_free is None else _size(to_free)
         if rules["within"] is not None:
             rules["within"] = _duration(rules["within"])

@@ -35,8 +35,9 @@ def show(path: Path, given: dict[str, Any], style: Style) -> None:
 
 def policy_for(view: View, given: dict[str, Any]) -> Keep:
     """The policy that was asked for, with the run's own metric; without rules the run's own policy."""
-    if given.get("monitor") is not None:
-        ranks(view, given["monitor"])
+    asked = given.get("monitor", ())
+    for name in (asked,) if isinstance(asked, str) else asked:
+        ranks(view, name)
     rules = {KEEP[name]: value for name, value in given.items() if name in KEEP}
     named: dict[str, Any] = {name: given[name] for name in ("monitor", "mode") if name in given}
     if not rules:
@@ -47,7 +48,7 @@ def policy_for(view: View, given: dict[str, Any]) -> Keep:
             own.pop("mode", None)
         return Keep(**{**own, **named})
     if "monitor" not in named and view.monitor is not None:
-        named = {"monitor": view.monitor, "mode": named.get("mode", view.mode)}
+        named = {**view.metric, **named}
     return Keep(**rules, **named)
 
 
@@ -63,7 +64,7 @@ def _lines(found: Replay, style: Style) -> list[str]:
     columns = [
         Column("mark", "", str),
         Column("step", "STEP", str, right=True),
-        Column("value", text.plain(found.keep.monitor or "metric").upper(), text.number, right=True),
+        Column("value", text.plain(found.keep.primary[0] or "metric").upper(), text.number, right=True),
         Column("now", "NOW", str),
         Column("then", "THEN", str),
         Column("size", "SIZE", style.size, right=True),

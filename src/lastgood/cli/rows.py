@@ -6,23 +6,31 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lastgood import policy
+from lastgood import ranking
 from lastgood.cli.table import Row
 from lastgood.model import Record
-from lastgood.policy import metric_of
+from lastgood.ranking import Mode, metric_of
 from lastgood.repo import journal, metrics
 from lastgood.rev import metric_named
 from lastgood.view import View, look
 
 
-def listing(root: Path, metric: str | None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def listing(
+    root: Path, metric: str | None, aims: Mapping[str, Mode] | None = None
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     view = look(root, outline=True)
     monitor, mode = view.monitor, view.mode
     if metric is not None:
-        monitor, mode = metric_named(f"best:{metric}", view.records, view.monitor, view.mode)
+        others = view.keep.monitors if view.keep is not None else ()
+        monitor, mode = metric_named(f"best:{metric}", view.records, view.monitor, view.mode, others)
     reasons = {decision.record.name: decision for decision in view.decisions()}
-    best = policy.best(view.records, monitor, mode) if monitor is not None and mode is not None else None
+    best = ranking.best(view.records, monitor, mode) if monitor is not None and mode is not None else None
     rows = [_row(r, view, reasons[r.name].reasons, monitor, best) for r in view.records]
+    if aims is not None:
+        front = {record.name for record in ranking.pareto(view.records, aims)}
+        for row, record in zip(rows, view.records, strict=True):
+            row["pareto"] = record.name in front
+            row |= {f"metrics.{name}": metric_of(record, name) for name in aims}
     head = {
         "path": str(view.root),
         "id": view.run,
@@ -30,6 +38,7 @@ def listing(root: Path, metric: str | None) -> tuple[list[dict[str, Any]], dict[
         "monitor": monitor,
         "mode": mode,
         "policy": view.keep.describe() if view.keep is not None else None,
+        "pareto": dict(aims) if aims is not None else None,
     }
     return sorted(rows, key=newest), head
 
@@ -52,17 +61,18 @@ def _row(
         "eval": metric_of(record, monitor) if monitor is not None else None,
         "metrics": dict(record.metrics),
         "best": record is best,
+        "pareto": None,
         "state": record.state,
         "poisoned": record.poisoned or None,
         "layout": record.layout or ("lastgood" if record.id else None),
         "size": record.size if manifest is not None else None,
         "tags": list(record.pinned),
         "note": view.notes.get(record.id),
-        "why": _why(record, reasons),
+        "why": _why(record, reasons, view.monitor),
     }
 
 
-def _why(record: Record, reasons: Sequence[str]) -> list[str]:
+def _why(record: Record, reasons: Sequence[str], monitor: str | None) -> list[str]:
     if record.state in ("incomplete", "foreign"):
         return [record.problem]
     if record.poisoned and record.ours:
@@ -70,7 +80,13 @@ def _why(record: Record, reasons: Sequence[str]) -> list[str]:
     if record.ours and not record.current and record.id:
         return ["on a branch that was left"]
     short = [reason.partition(": what a recovery")[0] for reason in reasons if reason != "no limit is set"]
-    return ["best" if reason.startswith("best: ") else reason for reason in short]
+    return [_won(reason, monitor) if reason.startswith("best: ") else reason for reason in short]
+
+
+def _won(reason: str, monitor: str | None) -> str:
+    """best; of another metric than the first: best mmlu."""
+    name = reason.removeprefix("best: ").rpartition(" = ")[0]
+    return "best" if name == monitor else f"best {name}"
 
 
 def deleted(path: Path, there: set[Any], monitor: str | None) -> list[dict[str, Any]]:
@@ -100,6 +116,7 @@ def deleted(path: Path, there: set[Any], monitor: str | None) -> list[dict[str, 
                     "eval": metric_of(record, monitor) if monitor else None,
                     "metrics": values,
                     "best": False,
+                    "pareto": None,
                     "state": "deleted",
                     "layout": "lastgood",
                     "tags": [],

@@ -180,6 +180,7 @@ def _set_aside(path: Path, husks: Sequence[Record]) -> None:
         for record in husks:
             place = quarantine(path, record.name)
             why = f"was half-written ({record.problem})" if record.problem else "is damaged"
+            why = f"is poisoned ({record.poisoned})" if record.poisoned else why
             say(f"{record.name} {why}; moved to {place}")
 
 

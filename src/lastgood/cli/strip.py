@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import click
 
 from lastgood.cli.held import confirm, held
@@ -36,7 +38,7 @@ def strip(root: str | None, revs: tuple[str, ...], style: Style, now: bool | Non
         decisions = [Decision(record, "strip", ("asked for",)) for record in chosen]
         good = last_good(view, full=not dry_run)
         for record in chosen:
-            _may_strip(record, good)
+            _may_strip(record, good, view.protect)
         todo = gc.plan(view.records, decisions)
         free_now = short_of_room(view) if now is None else now
         show_plan(view, decisions, todo, style, free_now=free_now, dry_run=dry_run)
@@ -47,13 +49,15 @@ def strip(root: str | None, revs: tuple[str, ...], style: Style, now: bool | Non
         told(todo.bytes, free_now)
 
 
-def _may_strip(record: Record, good: Record | None) -> None:
+def _may_strip(record: Record, good: Record | None, protect: Mapping[str, str]) -> None:
     if record.state == "weights":
         raise UsageError(f"{record.name} holds the weights alone already")
     if not record.id or record.state != "full":
         raise Refused(f"{record.name} isn't a full checkpoint of this run", hint="`lastgood adopt` takes stock ones in")
     if record.pinned:
         raise Refused(f"{record.name} is held by {', '.join(record.pinned)}", hint="`lastgood unpin` or `untag` first")
+    if record.id in protect:
+        raise Refused(f"{record.name} stays as it is: {protect[record.id]}")
     if good is None:
         raise Refused("no full checkpoint is good: nothing is stripped", hint="`lastgood verify --full` says why")
     if good.name == record.name:

@@ -10,17 +10,20 @@ from typing import Any
 import torch
 
 from lastgood.convert import weights
-from lastgood.convert.content import PENDING, Content, legacy_numpy
-from lastgood.errors import CorruptCheckpoint
+from lastgood.convert.content import PENDING, Content, legacy_numpy, numbered
+from lastgood.errors import CorruptCheckpoint, NotSupported
 from lastgood.format import tensors as safetensors
 from lastgood.layouts.found import files_of
 from lastgood.model import Manifest
-from lastgood.state import rng, tree
+from lastgood.state import lightning, rng, tree
 from lastgood.state.tensors import from_bytes
 from lastgood.store import local
 
 RESUME, STATE, DIGESTS, EXTRA = "resume.json", "optimizer.safetensors", "tensors.json", "extra.safetensors"
-OWN = frozenset({RESUME, STATE, DIGESTS, EXTRA, "lastgood.json", "optimizer.pt", "scheduler.pt"})
+OWN = frozenset(
+    {RESUME, STATE, DIGESTS, EXTRA, "lastgood.json", "optimizer.pt", "scheduler.pt", lightning.ABOUT,
+     lightning.ABOUT_TENSORS}
+)  # fmt: skip
 """Files of ours, with the guards: none of them goes along to another tool."""
 
 UNNAMED = "unnamed."
@@ -32,6 +35,12 @@ def read(path: Path, manifest: Manifest | None) -> Content:
     # What the manifest doesn't list was stripped and may still lie there.
     names = list(files_of(path) if manifest is None else manifest.files)
     models = weights.read(path, names)
+    several = list(_json(path / DIGESTS).get("modules", {})) if not models and DIGESTS in names else []
+    if several:
+        raise NotSupported(
+            f"{path.name} holds the models {', '.join(several)} of a loop, none of which is called model",
+            hint="`lastgood checkout` copies their files, which any safetensors reader opens",
+        )
     if not models:
         raise CorruptCheckpoint(f"{path}: no file with weights in it")
     content = Content(name=path.name, model=models[0], step=-1 if manifest is None else manifest.step)
@@ -42,10 +51,36 @@ def read(path: Path, manifest: Manifest | None) -> Content:
             content.rest["extra"] = extra  # live names, which an adapter's file knows nothing of
         else:
             content.model |= {name: tensor for name, tensor in extra.items() if name not in content.model}
+    if lightning.ABOUT in names:
+        whole = lightning.read_whole(path, names)
+        saved = _json(path / RESUME) if RESUME in names else {}
+        fill(content, whole, str(path), None if not saved else str(saved["lightning"]["precision"]))
+        if saved.get("optimizer") is not None:
+            content.parameter_names = [name for group in saved["optimizer"]["groups"] for name in group["names"]]
+        content.rng = _rng(saved["rng"]) if saved else None
+        content.layout = "lightning"
+        return content
     if RESUME in names:
         loaded = safetensors.load(path / STATE) if STATE in names else {}
         _resume(content, _json(path / RESUME), {name: from_bytes(entry) for name, entry in loaded.items()})
     return content
+
+
+def fill(content: Content, loaded: dict[str, Any], where: str, precision: str | None = "MixedPrecision") -> None:
+    """A dictionary of Lightning's as content. precision: the key of the precision plugin's state."""
+    state, rest = loaded.pop("state_dict"), loaded
+    content.model = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    pairs = [numbered(found, where) for found in rest.pop("optimizer_states", None) or []]
+    content.optimizers = [found for found, _ in pairs]
+    content.parameter_names = pairs[0][1] if len(pairs) == 1 else None
+    content.schedulers = rest.pop("lr_schedulers", None) or []
+    content.scaler = rest.pop(precision, None) if precision else None
+    content.step, content.epoch = rest.pop("global_step", -1), rest.pop("epoch", None)
+    if other := {name: value for name, value in state.items() if name not in content.model}:
+        rest["state_dict_other"] = other
+    if metadata := getattr(state, "_metadata", None):
+        rest["state_dict_metadata"] = dict(metadata)
+    content.rest = rest
 
 
 def _resume(content: Content, saved: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
@@ -69,6 +104,7 @@ def _resume(content: Content, saved: Mapping[str, Any], tensors: Mapping[str, to
             content.rest |= decoded("rest", {})
             return
         content.rest |= {"progress": progress, "data": saved.get("data"), "callbacks": decoded("callbacks", [])}
+        content.rest |= dict.fromkeys(saved.get("parts", {}), True)  # of a loop, by its user's names
         if progress.get("evaluate"):
             content.rest[PENDING] = True
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:

@@ -193,18 +193,8 @@ def _lightning(path: Path) -> Content:
     loaded = pickles.load(path)
     if not isinstance(loaded, dict) or not isinstance(loaded.get("state_dict"), Mapping):
         raise CorruptCheckpoint(f"{path} isn't a checkpoint of Lightning: it has no state_dict")
-    state, rest = loaded.pop("state_dict"), loaded
-    content = Content(model={name: value for name, value in state.items() if isinstance(value, torch.Tensor)})
-    pairs = [numbered(found, f"{path}") for found in rest.pop("optimizer_states", None) or []]
-    content.optimizers = [found for found, _ in pairs]
-    content.parameter_names = pairs[0][1] if len(pairs) == 1 else None
-    content.schedulers, content.scaler = rest.pop("lr_schedulers", None) or [], rest.pop("MixedPrecision", None)
-    content.step, content.epoch = rest.pop("global_step", -1), rest.pop("epoch", None)
-    if other := {name: value for name, value in state.items() if name not in content.model}:
-        rest["state_dict_other"] = other
-    if metadata := getattr(state, "_metadata", None):
-        rest["state_dict_metadata"] = dict(metadata)
-    content.rest = rest
+    content = Content()
+    managed.fill(content, loaded, f"{path}")
     return content
 
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lastgood import policy
+from lastgood import ranking
 from lastgood.errors import CorruptCheckpoint, LastgoodError
 from lastgood.format import archive
 from lastgood.format.tensors import Slot, read_header
@@ -63,7 +63,7 @@ class Disk:
         """The best by the run's own metric."""
         if self.view.monitor is None or self.view.mode is None:
             return None
-        return policy.best(self.records, self.view.monitor, self.view.mode)
+        return ranking.best(self.records, self.view.monitor, self.view.mode)
 
     @cached_property
     def good(self) -> Record | None:

@@ -171,6 +171,17 @@ def load(path: Path) -> dict[str, Tensor]:
     }
 
 
+def decode(path: Path, buffer: bytearray) -> dict[str, Tensor]:
+    """All tensors of a file that was read, as writable views into it. Raises CorruptCheckpoint."""
+    count = struct.unpack_from("<Q", buffer)[0] if len(buffer) >= 8 else 0
+    if not 2 <= count <= min(HEADER_LIMIT, max(0, len(buffer) - 8)):
+        raise CorruptCheckpoint(f"{path}: no safetensors header ({len(buffer)} bytes, header length {count})")
+    header, view = _parse(path, bytes(buffer[8 : 8 + count]), 8 + count, len(buffer)), memoryview(buffer)
+    return {
+        name: Tensor(name, slot.dtype, slot.shape, view[slot.begin : slot.end]) for name, slot in header.slots.items()
+    }
+
+
 def _width(tensor: Tensor) -> int:
     if tensor.dtype not in SIZES:
         raise UsageError(f"tensor {tensor.name!r} has dtype {tensor.dtype}, which safetensors has no word for")

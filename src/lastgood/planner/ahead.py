@@ -42,12 +42,20 @@ class Coming:
         """That of the save number `place`, from 0."""
         return min(self.steps[place], self.end)
 
+    def _values(self, keep: Keep, place: int, *, falling: bool) -> Iterator[tuple[str, float]]:
+        """Of several metrics each has best ones of its own: that takes the most."""
+        count = len(keep.monitors)
+        turn = self.step(place) // self.evaluated if self.evaluated and not self.improving else place
+        for number, (name, mode) in enumerate(keep.monitors):
+            sign = (-1.0 if falling else 1.0) * (-1.0 if mode == "max" else 1.0)
+            others = 0 if turn % count == number else (-len(self.steps) if falling else len(self.steps))
+            yield name, sign * (1 + place + others)
+
     def events(self, keep: Keep, *, falling: bool) -> Iterator[Event]:
         """In the order of a managed run. falling: each value is better than the one before, else each is worse."""
-        sign = (-1.0 if falling else 1.0) * (-1.0 if keep.mode == "max" else 1.0)
         for place in range(len(self.steps)):
             step = self.step(place)
-            value = {} if keep.monitor is None else {keep.monitor: sign * (1 + place)}
+            value = dict(self._values(keep, place, falling=falling))
             known = value if self.improving else {}
             yield Save(step, self.full, self.weights, self.now + (place + 1) * self.pace, known)
             if self.evaluated and value and not self.improving and step % self.evaluated == 0:
@@ -130,6 +138,7 @@ def _play(coming: Coming, keep: Keep, there: Sequence[Record], head: Head | None
     gap = max(1, coming.steps.step)
     period = 1 if keep.every is None else math.lcm(keep.every, gap) // gap
     beats = math.lcm(coming.evaluated, gap) // gap if coming.evaluated else 1
+    beats *= max(1, len(keep.monitors))
     window = (keep.total or 0) + (keep.last or 0) + (keep.full or 0) + beats * ((keep.best or 0) + 1)
     window += int(keep.within / coming.pace) if keep.within and coming.pace > 0 else 0
     period = min(math.lcm(period, beats), MOST // 2)

@@ -11,7 +11,7 @@ import msgspec
 
 from lastgood.errors import UsageError, wrong_type
 from lastgood.model import finite
-from lastgood.policy import Mode, known_mode
+from lastgood.ranking import Mode, known_mode
 from lastgood.schedule import absolute_steps, save_points
 from lastgood.simulate import Event, Metrics, Retain, Save
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import msgspec
 
-from lastgood import policy
+from lastgood import policy, ranking
 from lastgood.model import Record
 from lastgood.planner.history import until
 from lastgood.planner.machine import Machine
 from lastgood.planner.outcome import Crash, Life, Outcome, There, Use, seconds_lost, sums
-from lastgood.policy import Keep, metric_of
+from lastgood.policy import Keep
+from lastgood.ranking import metric_of
 from lastgood.simulate import Event, Metrics, Moment, Save, simulate
 
 
@@ -70,7 +71,7 @@ def crash(history: Sequence[Event], keep: Keep, machine: Machine, step: int, *, 
     """What a crash after `step` finds: the same functions as a live resume choose what to go on from."""
     decisions = at(history, keep, step, in_save=in_save)
     records = [decision.record for decision in decisions]
-    monitor, mode = keep.monitor, keep.mode
+    monitor, mode = keep.primary
     there = tuple(
         There(
             step=d.record.step,
@@ -82,7 +83,7 @@ def crash(history: Sequence[Event], keep: Keep, machine: Machine, step: int, *, 
         for d in decisions
     )
     newest = policy.latest(records)
-    best = policy.best(records, monitor, mode) if monitor is not None and mode is not None else None
+    best = ranking.best(records, monitor, mode) if monitor is not None and mode is not None else None
     lost = step if newest is None else step - newest.step
     if newest is None:
         why = "no checkpoint is complete"
@@ -99,12 +100,13 @@ def crash(history: Sequence[Event], keep: Keep, machine: Machine, step: int, *, 
 
 
 def _why_best(best: Record | None, keep: Keep) -> str:
-    if keep.monitor is None:
+    monitor, mode = keep.primary
+    if monitor is None:
         return "no metric says which is the best"
     if best is None:
-        return f"no {keep.monitor} was recorded for what is there"
-    word = "lowest" if keep.mode == "min" else "highest"
-    return f"{word} {keep.monitor} of all that were saved: {metric_of(best, keep.monitor):.6g}"
+        return f"no {monitor} was recorded for what is there"
+    word = "lowest" if mode == "min" else "highest"
+    return f"{word} {monitor} of all that were saved: {metric_of(best, monitor):.6g}"
 
 
 def _values(known: Sequence[Event]) -> dict[int, Mapping[str, float]]:

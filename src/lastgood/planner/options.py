@@ -13,7 +13,8 @@ from lastgood.model import finite
 from lastgood.planner.history import Schedule, as_values
 from lastgood.planner.machine import Machine
 from lastgood.planner.sizes import Training
-from lastgood.policy import Keep, known_mode
+from lastgood.policy import Keep
+from lastgood.ranking import known_mode
 
 KEEP = {
     "keep_last": "last",
@@ -101,10 +102,13 @@ def _metric(
     metrics = as_values(values) if isinstance(values, Mapping) else values
     monitor, mode = given.get("monitor"), given.get("mode")
     if keep is not None and keep.monitor is not None:
-        monitor, mode = monitor or keep.monitor, mode or keep.mode
+        first, way = keep.primary
+        monitor, mode = monitor or first, mode or way
     ranks = "best" in rules or given.get("eval_steps") is not None or metrics not in (None, "none")
     ranks = ranks or given.get("save_strategy") == "best"
     notes: tuple[str, ...] = ()
+    if keep is not None and len(keep.monitors) > 1:
+        notes += (f"only {monitor} has a course here: what is best by the other metrics is kept besides",)
     if monitor is None and ranks and metrics != "none":
         monitor = "eval_loss"
     if monitor is not None and mode is None:

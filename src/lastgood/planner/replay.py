@@ -13,7 +13,8 @@ from lastgood.errors import NoCheckpoint, UsageError
 from lastgood.layouts.progress import STATE
 from lastgood.model import TRAINERS, Record, State, finite, stripped
 from lastgood.planner.measured import read as read_metrics
-from lastgood.policy import Keep, metric_of
+from lastgood.policy import Keep
+from lastgood.ranking import metric_of, needs
 from lastgood.repo import journal, metrics
 from lastgood.schedule import save_points
 from lastgood.simulate import Event, Metrics, Moment, Pin, Resume, Retain, Save, simulate
@@ -74,7 +75,7 @@ def replay(view: View, keep: Keep) -> Replay:
     left = {(r.step, _created(r)): r for r in moments[-1].records}
     gone = _gone(moments)
     why = {(d.record.step, _created(d.record)): d.reasons for d in moments[-1].decisions}
-    rows = []
+    rows, (monitor, _) = [], keep.primary
     for saved in saves:
         key = (saved.step, saved.created)
         record, now = left.get(key), saved.record
@@ -83,7 +84,7 @@ def replay(view: View, keep: Keep) -> Replay:
             Row(
                 step=saved.step,
                 id=saved.id or None,
-                value=None if keep.monitor is None or known is None else metric_of(known, keep.monitor),
+                value=None if monitor is None or known is None else metric_of(known, monitor),
                 now="deleted" if now is None else now.state,
                 then="deleted" if record is None else record.state,
                 size_now=0 if now is None else now.size,
@@ -209,7 +210,8 @@ def _stock(view: View, keep: Keep) -> tuple[list[_Saved], list[Event], tuple[str
     strategy = getattr(strategy, "value", strategy)
     told = save_points("steps", every, max_steps=newest.step) if strategy == "steps" and every and every >= 1 else ()
     steps = sorted({*there, *told})
-    values = _log(view.root / newest.name, keep.monitor)
+    wanted = dict.fromkeys(metric for name, _ in keep.monitors for metric in needs(name))
+    values = {name: _log(view.root / newest.name, name) for name in wanted}
     saves, events = [], list[Event]()
     for place, step in enumerate(steps):
         record = there.get(step)
@@ -221,16 +223,15 @@ def _stock(view: View, keep: Keep) -> tuple[list[_Saved], list[Event], tuple[str
             _Saved(step=step, id="", created=float(place), full=full, weights=weights, record=record),
         )
         events.append(Save(step, full, weights, float(place)))
-        if keep.monitor is not None and step in values:
-            events.append(Metrics(step, {keep.monitor: values[step]}))
+        known = {name: by_step[step] for name, by_step in values.items() if step in by_step}
+        if known:
+            events.append(Metrics(step, known))
     gone = len(steps) - len(there)
     notes = (f"{gone} saves that are gone are told by save_steps={every:g}",) if gone and every else ()
     return saves, [*events, Retain()], notes
 
 
-def _log(path: Path, monitor: str | None) -> dict[int, float]:
-    if monitor is None:
-        return {}
+def _log(path: Path, monitor: str) -> dict[int, float]:
     try:
         return read_metrics(path / STATE, monitor)[1]
     except UsageError:

@@ -9,7 +9,7 @@ from pathlib import Path
 from lastgood.errors import Conflict
 from lastgood.format import manifest as codec
 from lastgood.model import FORMAT, Manifest, Record, Span, State, checkpoint_name, on_lineage
-from lastgood.repo import journal, poison
+from lastgood.repo import journal, leases, poison
 from lastgood.repo.read import records
 from lastgood.repo.staging import Staging, explained
 from lastgood.store import local
@@ -79,7 +79,8 @@ def _make_room(root: Path, manifest: Manifest) -> str:
     if name not in local.names(root):
         return name
     taken = next((record for record in records(root) if record.name == name), None)
-    if taken is None or not taken.ours:
+    # Nor does one that is being evaluated: whoever reads it would go on with the files of the other one.
+    if taken is None or not taken.ours or taken.id in leases.in_force(root):
         return checkpoint_name(manifest.step, manifest.id)
     aside = checkpoint_name(manifest.step, taken.id)
     local.rename(root / name, root / aside)

@@ -12,7 +12,7 @@ from lastgood.format import guard
 from lastgood.format import manifest as codec
 from lastgood.model import Head, Manifest, Record, lineage_in_force, next_seq, stripped
 from lastgood.policy import Decision
-from lastgood.repo import after, bin, journal
+from lastgood.repo import after, bin, journal, leases
 from lastgood.repo.layout import HIDDEN, hidden, new_id
 from lastgood.repo.read import held_by, identify, records
 from lastgood.repo.run import read_head, write_head
@@ -73,20 +73,31 @@ def gain(decision: Decision) -> int:
     return record.size if decision.action == "delete" else record.size - stripped(record.manifest).size
 
 
-def execute(root: Path, todo: Plan, *, undoable: str | None = None) -> None:
+def execute(root: Path, todo: Plan, *, undoable: str | None = None, sightings: leases.Sightings | None = None) -> None:
     """Carry it out. Raises OSError; what was done until then is complete, the rest is untouched.
 
     undoable: the number of an operation of `bin.begin`, to put things there instead of freeing their space.
+    sightings: of leases, by a process that goes on.
     """
     if undoable is not None and any(item.action == "delete" for item in todo.items):
         _reserve_numbers(root, todo)
+    patience = 10.0
     for item in todo.items:
-        if held_by(root).get(item.record.id):  # by somebody else since the plan was made: that needs no lock
-            journal.append(root, "spared", step=item.record.step, id=item.record.id, reasons=["pinned meanwhile"])
-        elif item.action == "delete":
-            _delete(root, item, undoable)
-        else:
-            _strip(root, item, undoable)
+        with leases.alone(root, patience) as had:
+            patience = patience if had else 0.1  # somebody was stopped while holding it: waited for once, not each time
+            why = _held_now(root, item.record.id, sightings)
+            if why:  # by somebody else since the plan was made: that needs no lock of the run
+                journal.append(root, "spared", step=item.record.step, id=item.record.id, reasons=[why])
+            elif item.action == "delete":
+                _delete(root, item, undoable)
+            else:
+                _strip(root, item, undoable)
+
+
+def _held_now(root: Path, id: str, sightings: leases.Sightings | None) -> str:
+    if held_by(root).get(id):
+        return "pinned meanwhile"
+    return leases.in_force(root, sightings).get(id, "")
 
 
 def _reserve_numbers(root: Path, todo: Plan) -> None:
@@ -152,8 +163,11 @@ def _guard(directory: Path, light: Manifest) -> None:
                 local.replace(directory / name, guard.content(name))
 
 
-def sweep(root: Path) -> None:
-    """Remove what interrupted saves, deletions and strips left. Only the holder of the run's lock may call it."""
+def sweep(root: Path, sightings: leases.Sightings | None = None) -> None:
+    """Remove what interrupted saves, deletions and strips left. Only the holder of the run's lock may call it.
+
+    sightings: of leases, by a process that goes on.
+    """
     if hidden(root).is_symlink():
         return
     for place in ("tmp", "trash"):
@@ -166,6 +180,7 @@ def sweep(root: Path) -> None:
     for name in local.names(hidden(root)):
         if local.torn(name, OWN):
             local.unlink(hidden(root, name))
+    leases.sweep(root, sightings)
     held_back = bin.held_back(root)
     for record in records(root):
         for name in local.names(root / record.name):

@@ -1,4 +1,4 @@
-"""Names inside a run directory."""
+"""Names: inside a run directory, and of this start of the machine."""
 
 from __future__ import annotations
 
@@ -24,3 +24,11 @@ def new_id() -> str:
 def hidden(root: Path, *names: str) -> Path:
     """A path inside the run's own directory."""
     return root.joinpath(HIDDEN, *names)
+
+
+def boot() -> str | None:
+    """What tells one start of this machine from the next; None where the system has no such thing."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None

@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lastgood.errors import RunLocked
-from lastgood.repo.layout import hidden
+from lastgood.repo.layout import boot, hidden
 from lastgood.store import local
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -66,7 +66,7 @@ class RunLock:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "start": _start_time(os.getpid()),
-            "boot": _boot(),
+            "boot": boot(),
             "since": time.time(),
             "command": os.path.basename(sys.argv[0]) if sys.argv else "",
             "nonce": self._nonce,
@@ -94,6 +94,11 @@ class RunLock:
         except (OSError, ValueError, RecursionError):
             return {}
         return card if isinstance(card, dict) else {}
+
+    def held_by_another(self) -> bool:
+        """Whether somebody says so who isn't provably dead. Changes nothing."""
+        holder = self.holder()
+        return bool(holder) and not _dead(holder)
 
     def __enter__(self) -> RunLock:
         self.acquire()
@@ -126,7 +131,7 @@ def _dead(holder: dict[str, Any]) -> bool:
     """Whether the holder provably ended: same machine, and nobody with its number and start time."""
     if not holder or holder.get("host") != socket.gethostname():
         return False
-    if holder.get("boot") != _boot():
+    if holder.get("boot") != boot():
         return True
     pid = holder.get("pid")
     if not isinstance(pid, int) or os.name == "nt":  # asking with signal 0 would interrupt it there
@@ -148,10 +153,3 @@ def _start_time(pid: int) -> str | None:
         return None
     fields = text.rpartition(")")[2].split()
     return None if fields[0] == "Z" else fields[19]
-
-
-def _boot() -> str | None:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return None

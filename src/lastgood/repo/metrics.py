@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from lastgood.errors import UsageError
 from lastgood.model import finite
 from lastgood.repo.journal import lines
 from lastgood.repo.layout import HIDDEN, hidden
@@ -20,13 +21,49 @@ _ID = re.compile(r"[0-9a-f]{16}")
 
 
 def record(root: Path, id: str, step: int, values: Mapping[str, object]) -> None:
-    """Add metrics to the checkpoint with this id, durably. Raises OSError."""
+    """Add metrics to the checkpoint with this id, durably, from any process and host. Raises OSError.
+
+    The line is one write at the end of the file, which no other process on this machine gets between. The lock is for
+    two machines: over NFS a write "at the end" goes to where the end was when the file was last looked at.
+    """
     plain = {name: _plain(value) for name, value in values.items()}
     local.make_dirs(hidden(root, "metrics"))
     line = json.dumps({"step": step, "metrics": plain}, allow_nan=False)
-    local.append(hidden(root, "metrics", f"{id}.jsonl"), f"{line}\n".encode(), sync=True)
+    with _alone(root):
+        local.append(hidden(root, "metrics", f"{id}.jsonl"), f"{line}\n".encode(), sync=True)
     with suppress(OSError):  # a second value in a file that is there would go unseen by remembered listings
         local.touch(hidden(root, "metrics"))
+
+
+def checked(name: str, value: object) -> float:
+    """The value that somebody gives a metric by hand; NaN is one, and ranks nowhere. Raises UsageError."""
+    if not name or not name.isprintable() or len(name) > 200 or any(c.isspace() for c in name):
+        raise UsageError(f"{name!r} can't be the name of a metric", hint="no spaces: mmlu=0.61")
+    if hasattr(value, "item"):  # numpy scalars and 0-dim tensors
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise UsageError(f"{name}={value!r} is not a number", hint=f"{name}=0.61")
+    try:
+        return float(value)
+    except OverflowError:
+        raise UsageError(f"{name} is a number beyond all floats") from None
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """Nobody else adds metrics meanwhile. Where there are no locks, or one is stopped while it holds it: without."""
+    from filelock import FileLock, Timeout  # reading needs none of it
+
+    lock = FileLock(hidden(root, "metrics.lock"), timeout=2)
+    try:
+        lock.acquire()
+    except (OSError, Timeout):
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def read(root: Path, id: str) -> dict[str, float]:

@@ -104,6 +104,13 @@ def whole(root: Path, record: Record) -> Manifest | None:
         return None
 
 
+def id_at(path: Path) -> str | None:
+    """The id of the checkpoint in a directory; None where there is none, or none that can be read."""
+    with suppress(OSError, CorruptCheckpoint):
+        return codec.outline(local.read(path / codec.NAME, codec.LIMIT), codec.NAME).id
+    return None
+
+
 def missing(directory: Path | str, manifest: Manifest) -> str:
     """The first files that aren't there with the recorded size, in words; "" if all are."""
     faults = []
@@ -165,13 +172,22 @@ def _is_directory(path: str) -> bool:
 
 def held_by(root: Path) -> Mapping[str, tuple[str, ...]]:
     """checkpoint id -> the names that hold it."""
+    name = pins.NAME
     try:
-        return pins.read(root)
+        found = pins.read(root)
+        name = poison.NAME
+        poison.read(root)
     except (OSError, ValueError):
-        # Unreadable pins must not unpin anything: every checkpoint counts as held.
-        return _Everything()
+        # Unreadable pins must not unpin anything: every checkpoint counts as held. Where nobody knows which ones are
+        # poisoned all count as such, and the healthy ones among them must not go as if they were.
+        return _Everything(name)
+    return found
 
 
 class _Everything(dict[str, tuple[str, ...]]):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
     def get(self, key: str, default: object = ()) -> tuple[str, ...]:
-        return ("unreadable pins.json",)
+        return (f"unreadable {self.name}",)

@@ -236,6 +236,8 @@ def draws_nothing(loader: Any) -> bool:
     name = getattr(collate, "__name__", type(collate).__name__)
     pure = name in PURE_COLLATORS or (name == "DataCollatorForLanguageModeling" and not getattr(collate, "mlm", False))
     dataset = getattr(loader, "dataset", None)
+    while type(dataset) is torch.utils.data.Subset:
+        dataset = dataset.dataset
     if isinstance(dataset, (list, tuple, torch.utils.data.TensorDataset)):
         return pure
     format_type = getattr(dataset, "format", None)  # a Hugging Face dataset without a transform of the user's

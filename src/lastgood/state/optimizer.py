@@ -45,7 +45,10 @@ def clean(name: str) -> str:
 def capture(
     optimizer: Any, live: Mapping[str, torch.Tensor], prefix: str = ""
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """(JSON, tensors). The tensors are the live ones: write them before the next step. prefix: of their names."""
+    """(JSON, tensors). The tensors are the live ones: write them before the next step.
+
+    prefix: of their names, where the states of several optimizers share a file.
+    """
     inner = plain(optimizer)
     names = parameter_names(inner, live)
     flat = [name for group in names for name in group]

@@ -31,13 +31,7 @@ class Rng:
 
     def same(self, other: Rng) -> bool:
         """Whether nothing was drawn between the two, on the CPU generators."""
-        return (
-            torch.equal(self.cpu, other.cpu)
-            and self.python == other.python
-            and self.numpy["state"]["pos"] == other.numpy["state"]["pos"]
-            and self.numpy["has_gauss"] == other.numpy["has_gauss"]
-            and bool(np.array_equal(self.numpy["state"]["key"], other.numpy["state"]["key"]))
-        )
+        return not differing(self, other) & {"python", "numpy", "torch"}
 
 
 def capture() -> Rng:
@@ -52,6 +46,23 @@ def capture() -> Rng:
         else:
             devices[kind] = [module.get_rng_state()]
     return Rng(random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state(), devices)
+
+
+def differing(one: Rng, other: Rng) -> set[str]:
+    """The kinds of generators that are in another state: "python", "numpy", "torch", "cuda" ..."""
+    mine, theirs = one.numpy["state"], other.numpy["state"]
+    found = set()
+    if one.python != other.python:
+        found.add("python")
+    positions = mine["pos"] == theirs["pos"] and one.numpy["has_gauss"] == other.numpy["has_gauss"]
+    if not (positions and np.array_equal(mine["key"], theirs["key"])):
+        found.add("numpy")
+    if not torch.equal(one.cpu, other.cpu):
+        found.add("torch")
+    for kind, states in one.devices.items():
+        if any(not torch.equal(a, b) for a, b in zip(states, other.devices.get(kind, []), strict=False)):
+            found.add(kind)
+    return found
 
 
 def restore(rng: Rng) -> list[str]:

@@ -10,7 +10,7 @@ restore each live tensor is found by its digest, whatever its name on disk.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,9 +159,10 @@ def restore(
     load: Callable[[], dict[str, torch.Tensor]],
     *,
     allow_base: bool = False,
+    unstored: Collection[str] = (),
 ) -> dict[str, int]:
     """Give every live tensor the value whose digest is in `expected`: `prepare` and `Prepared.apply` in one."""
-    return prepare(model, expected, load, allow_base=allow_base).apply()
+    return prepare(model, expected, load, allow_base=allow_base, unstored=unstored).apply()
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,14 +195,18 @@ def prepare(
     load: Callable[[], dict[str, torch.Tensor]],
     *,
     allow_base: bool = False,
+    unstored: Collection[str] = (),
 ) -> Prepared:
     """Find what goes into every live tensor by the digests in `expected`; `load` reads the saved tensors when needed.
 
     allow_base: frozen tensors that differ and aren't stored (another base model) stay as they are.
+    unstored: names in `expected` of what `computed` gave at the save and nothing holds; another version of a library
+    may build a model without them, or with others.
     Raises Incompatible (names or shapes differ) or IncompleteRestore (no saved tensor leads to a live one).
     """
     live = live_tensors(model)
-    _same_names(set(live), set(expected))
+    _same_names(set(live) - (computed(model) - set(expected)), set(expected) - (set(unstored) - set(live)))
+    expected = {name: want for name, want in expected.items() if name in live}
     waiting = {name: want for name, want in expected.items() if digest(live[name]) != want}
     counts = {"unchanged": len(expected) - len(waiting), "copied": 0, "converted": 0}
     if not waiting:
@@ -222,6 +227,11 @@ def prepare(
         waiting = {name: want for name, want in waiting.items() if name not in other}
     _all_found(waiting, sources, live)
     return Prepared(live, expected, sources, counts)
+
+
+def computed(model: torch.nn.Module) -> set[str]:
+    """Names of the buffers that aren't part of the model's state: made when it is built, as causal masks are."""
+    return {clean(name) for name, _ in model.named_buffers()} - {clean(name) for name in model.state_dict()}
 
 
 def _same_names(live: set[str], saved: set[str]) -> None:

@@ -196,6 +196,24 @@ def read(path: Path | str, limit: int) -> bytes:
         os.close(handle)
 
 
+def content(path: Path) -> tuple[bytearray, FileEntry]:
+    """All bytes of a regular file, writable, with the hash of just these bytes."""
+    hasher, at = blake3(), 0
+    handle = os.open(path, _READ)
+    with os.fdopen(handle, "rb", buffering=0) as file:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(22, "not a regular file", os.fspath(path))
+        buffer = bytearray(status.st_size)
+        view = memoryview(buffer)
+        while at < len(buffer) and (count := file.readinto(view[at : at + BLOCK])):
+            hasher.update(view[at : at + count])
+            at += count
+    if at != len(buffer):
+        raise OSError(5, f"only {at} of {len(buffer)} bytes could be read", os.fspath(path))
+    return buffer, FileEntry(size=at, blake3=hasher.hexdigest())
+
+
 def size(path: Path | str) -> int | None:
     """Bytes of a regular file; None for anything else, a link included."""
     try:

@@ -12,7 +12,7 @@ from lastgood.doctor.log import Raised
 from lastgood.doctor.rule import Rule, Sight, advice
 from lastgood.doctor.settings import Settings
 from lastgood.model import finite
-from lastgood.policy import known_mode
+from lastgood.ranking import known_mode, needs
 from lastgood.schedule import save_points, total_steps
 
 ENOUGH = 5
@@ -58,13 +58,14 @@ def _not_found(case: Case, raised: Raised, match: re.Match[str]) -> Iterator[Sig
 
 def _not_yielded(case: Case) -> Iterator[Sight]:
     s = _of(case)
-    wanted = s.metric_for_best_model if s.keep is None else s.keep.monitor
-    if wanted is None or s.eval_metric_names is None:
+    metric = s.metric_for_best_model if s.keep is None else s.keep.primary[0]
+    if metric is None or s.eval_metric_names is None:
         return
-    full = wanted if wanted.startswith("eval_") else f"eval_{wanted}"
-    if full in s.eval_metric_names:
+    full = {name: name if name.startswith("eval_") else f"eval_{name}" for name in needs(metric)}
+    wanted = next((name for name in full if full[name] not in s.eval_metric_names), None)
+    if wanted is None:
         return
-    near = difflib.get_close_matches(full, s.eval_metric_names, 1)
+    near = difflib.get_close_matches(full[wanted], s.eval_metric_names, 1)
     option = "metric_for_best_model" if s.keep is None else "monitor"
     yield Sight(
         saw=f"{option}={wanted!r}, evaluation yields {', '.join(s.eval_metric_names)}",

@@ -162,7 +162,10 @@ RULES: tuple[Rule, ...] = (
         means="the model answers with nothing but NaN, and no resume from here gets over it",
         cause="One step with a gradient that isn't finite makes all weights NaN, and every save after it keeps that."
         " With logging_nan_inf_filter, which is on by default, the logged loss doesn't even show it.",
-        fix=("resume from a checkpoint before it", "lastgood doctor --full {root}  # all of them, every byte"),
+        fix=(
+            "lastgood -C {root} bisect --mark  # the next resume takes the last healthy one",
+            "lastgood doctor --full {root}  # all of them, every byte",
+        ),
         source="IEEE 754; transformers 5.23, Trainer (logging_nan_inf_filter)",
     ),
 )

@@ -11,9 +11,12 @@ import torch
 from lastgood.errors import IncompleteRestore
 from lastgood.integrations.torch.stamp import Stamp
 from lastgood.repo.staging import Staging
+from lastgood.report import Change
+from lastgood.state import rng
 from lastgood.state.match import Match
 from lastgood.state.rng import Rng
 from lastgood.state.saved import Saved
+from lastgood.state.stream import Once
 
 STANDARD = {"optimizer": "optimizer", "scheduler": "scheduler", "scaler": "scaler", "dataloader": "data"}
 """Parts that every reader of resume.json knows -> their keys there; any other part is under `parts`."""
@@ -43,14 +46,15 @@ class Writing:
 
 @dataclass(slots=True)
 class Reading:
-    """One restore. allow: parts that may be missing; rng: the generators as they were when this was saved."""
+    """One restore. allow: parts that may be missing; once: the generators as they were, for the first loader."""
 
     saved: Saved
     live: Mapping[str, torch.Tensor]
     allow: Collection[str] = ()
     match: Match = field(default_factory=Match)
-    rng: Rng | None = None
+    once: Once | Rng = field(default_factory=rng.capture)
     missing: list[str] = field(default_factory=list)
+    changed: list[Change] = field(default_factory=list)
 
     def get(self, name: str) -> Any:
         """The JSON of a part; None if it isn't there and may be missing. Raises IncompleteRestore."""

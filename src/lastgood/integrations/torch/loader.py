@@ -9,8 +9,9 @@ import torch
 
 from lastgood.integrations.torch.exchange import Reading, Ready, Writing
 from lastgood.integrations.torch.stamp import Stamp
-from lastgood.state import rng
-from lastgood.state.stream import Mark, Stream, follow
+from lastgood.state.cost import Cost
+from lastgood.state.position import Mark
+from lastgood.state.stream import Stream, follow
 
 
 def followable(thing: Any) -> bool:
@@ -47,22 +48,27 @@ class Data:
 
     def write(self, out: Writing) -> None:
         if out.full:
-            out.put(self.name, self.stream.encode(self.at, out.tensors))
+            where = "data" if self.name == "dataloader" else self.name
+            out.put(self.name, self.stream.encode(self.at, out.tensors, where))
 
     def prepare(self, source: Reading) -> Ready | None:
         saved = source.get(self.name)
         if saved is None:
             return None
         self.stream.check(saved)
+        source.changed += self.stream.changes(saved)
         tensors = source.saved.tensors
-        then = source.rng if source.rng is not None else rng.capture()
 
         def ready() -> str:
-            told = self.stream.load(saved, tensors, then=then)
+            told = self.stream.load(saved, tensors, then=source.once)
             self.mark()
             return "; ".join(text for _, text in told)
 
         return ready
+
+    def cost(self) -> Cost:
+        """What a resume from the last step would cost."""
+        return self.stream.cost(self.at)
 
     def estimate(self) -> int:
         return 0

@@ -275,10 +275,15 @@ class CheckpointManager:
 
     def _save(self, boundary: Boundary, reasons: Sequence[str]) -> Record | None:
         started = time.monotonic()
-        told = {"saved_because": "; ".join(reasons)}
+        told: dict[str, Any] = {"saved_because": "; ".join(reasons)}
         loss = finite(number(self._loss))
         if loss is not None:
-            told["loss"] = loss  # type: ignore[assignment]
+            told["loss"] = loss
+        costs = {
+            item.name: str(cost) for item in self.parts if isinstance(item, Data) and (cost := item.cost()).batches
+        }
+        if costs:  # known beforehand: reading a stream again may take longer than the training since the last save
+            told["to_resume"] = costs
         self._recorder.flush()
         self._guard.judge(self._run)
         record = self._run.save(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from lastgood import policy
+from lastgood import policy, ranking
 from lastgood.manager import Manager
-from lastgood.model import finite
+from lastgood.model import Record, finite
 from lastgood.talk import warn
 
 
@@ -43,16 +43,18 @@ class Metrics:
             self._step, self._waiting = -1, {}
 
     def best(self, values: Mapping[str, Any]) -> bool:
-        """Whether they are better than those of every checkpoint."""
-        keep = self._run.keep
-        value = finite(number(values.get(keep.monitor or "")))
-        if keep.monitor is None or keep.mode is None or value is None:
-            return False
-        leader = policy.best(self._run.records(), keep.monitor, keep.mode)
-        if leader is None:
-            return True
-        known = leader.metrics[keep.monitor]
-        return value < known if keep.mode == "min" else value > known
+        """Whether they are better than those of every checkpoint, by any of the policy's metrics."""
+        plain = {name: finite(number(value)) for name, value in values.items()}
+        mine = Record(name="", step=-1, state="full", metrics={k: v for k, v in plain.items() if v is not None})
+        others = self._run.records()
+        return any(self._beats(mine, others, monitor, mode) for monitor, mode in self._run.keep.monitors)
+
+    def _beats(self, mine: Record, others: Sequence[Record], monitor: str, mode: ranking.Mode) -> bool:
+        value, leader = ranking.metric_of(mine, monitor), ranking.best(others, monitor, mode)
+        known = None if leader is None else ranking.metric_of(leader, monitor)
+        if value is None or known is None:
+            return value is not None
+        return value < known if mode == "min" else value > known
 
 
 def number(value: Any) -> Any:

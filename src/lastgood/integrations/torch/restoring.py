@@ -15,6 +15,7 @@ from lastgood.report import Change, Report
 from lastgood.state import facts, rng
 from lastgood.state.match import Match
 from lastgood.state.saved import Saved
+from lastgood.state.stream import Once
 from lastgood.target import Target, resolve
 
 if TYPE_CHECKING:
@@ -43,7 +44,9 @@ def restore(manager: CheckpointManager, target: Target, match: Match) -> tuple[R
             f"{record.name} holds no rng (only its weights were kept)",
             hint="restore a full checkpoint; a new run may begin with these weights: CheckpointManager(init=path)",
         )
-    source = Reading(saved, writing.live(manager.parts), allow, match, states)
+    source = Reading(saved, writing.live(manager.parts), allow, match)
+    if states is not None:
+        source.once = Once(states)
     _nothing_left_over(manager, saved)
     ready = [(part, part.prepare(source)) for part in manager.parts]
     restored: list[tuple[str, str]] = []
@@ -71,6 +74,7 @@ def restore(manager: CheckpointManager, target: Target, match: Match) -> tuple[R
         missing=tuple(source.missing),
         skipped=target.skipped,
         changed=(
+            *source.changed,
             *_arguments(manifest.arguments, manager._arguments),
             *facts.fact_changes(manifest.facts, manager._facts),
             *facts.version_changes(manifest.environment, facts.environment()),

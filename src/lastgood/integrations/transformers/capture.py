@@ -14,12 +14,13 @@ import torch
 from transformers.trainer_callback import ExportableState
 
 from lastgood.format import guard
+from lastgood.integrations.transformers import extras
 from lastgood.repo.staging import Staging
 from lastgood.state import optimizer, rng, tree
 from lastgood.state.data import Position
 from lastgood.state.rng import Rng
 from lastgood.state.tensors import named
-from lastgood.state.weights import Coverage, taken_over
+from lastgood.state.weights import Coverage, computed, taken_over
 
 TENSOR_METADATA = {"format": "pt"}
 
@@ -54,12 +55,13 @@ def write(
     """
     with taken_over(staging.path) as files, _same_card(trainer.model, card):
         trainer.save_model(staging.path, _internal_call=True)
-    digests, extras = coverage.extras(trainer.model, live, files)
+    digests, beside = coverage.extras(trainer.model, live, files)
     for file in files:
         staging.tensors(file.name, "model", named(file.tensors), file.metadata)
-    if extras:
-        staging.tensors("extra.safetensors", "model", named(extras), TENSOR_METADATA)
-    staging.data("tensors.json", "model", _json({"format": 1, "tensors": digests}))
+    if beside:
+        staging.tensors("extra.safetensors", "model", named(beside), TENSOR_METADATA)
+    unstored = sorted(computed(trainer.model) & set(digests) - set(beside))
+    staging.data("tensors.json", "model", _json({"format": 1, "tensors": digests, "unstored": unstored}))
     for name in guard.NAMES:
         staging.data(name, "model", guard.content(name))
     staging.data("trainer_state.json", "model", trainer_state(trainer))
@@ -102,6 +104,7 @@ def _write_resume_state(trainer: Any, staging: Staging, live: Mapping[str, torch
         "rng": rng.encode(moment.rng),
         "data": None if moment.position is None else moment.position.encode(),
         "callbacks": tree.encode(callback_states(trainer), tensors, "callbacks"),
+        "extras": extras.capture(trainer, live, tensors),
         "progress": {
             "global_step": trainer.state.global_step,
             "epoch": trainer.state.epoch,
@@ -175,6 +178,7 @@ def estimate(trainer: Any, live: Mapping[str, torch.Tensor], *, full: bool) -> i
     adapter = hasattr(trainer.model, "peft_config")
     total = sum(t.numel() * t.element_size() for t in live.values() if t.requires_grad or not adapter)
     if full and trainer.optimizer is not None:
+        total += extras.size(trainer, live)
         for entry in optimizer.plain(trainer.optimizer).state.values():
             values = entry.values() if isinstance(entry, Mapping) else ()
             total += sum(v.numel() * v.element_size() for v in values if hasattr(v, "element_size"))

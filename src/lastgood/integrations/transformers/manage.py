@@ -39,11 +39,19 @@ def manage(trainer: T, keep: Keep | None = None, on_error: str = "warn", **optio
     return trainer
 
 
+LOADS_BY_ITSELF = frozenset({"sentence_transformers"})
+"""Packages whose trainers load a checkpoint without the stock Trainer: they override without calling super()."""
+
+
 def managed_class(cls: type[Any]) -> type[Any]:
     """`cls` with ManagedTrainer in front of Trainer: its own overrides come first, their super() calls reach ours."""
     if cls is Trainer:
         return ManagedTrainer
-    return type(f"Managed{cls.__name__}", (cls, ManagedTrainer), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+    inside: dict[str, Any] = {"__module__": cls.__module__, "__doc__": cls.__doc__}
+    if any(base.__module__.partition(".")[0] in LOADS_BY_ITSELF for base in cls.__mro__):
+        inside |= {name: vars(ManagedTrainer)[name] for name in ("_load_from_checkpoint", "_load_best_model")}
+        inside["_stock_load"] = cls._load_from_checkpoint
+    return type(f"Managed{cls.__name__}", (cls, ManagedTrainer), inside)
 
 
 def supported(trainer: Trainer) -> None:
@@ -62,6 +70,11 @@ def supported(trainer: Trainer) -> None:
         raise NotSupported(
             f"lastgood can't manage a Trainer with {', '.join(found)} yet",
             hint="run it in one process, or leave this run to the stock Trainer; nothing was changed",
+        )
+    if not getattr(args, "save_safetensors", True):  # gone since transformers 5
+        raise NotSupported(
+            "save_safetensors=False asks for weights in pickles, which lastgood doesn't write",
+            hint="remove save_safetensors=False",
         )
     if getattr(args, "enable_jit_checkpoint", False):
         raise NotSupported(

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lastgood.errors import UsageError, wrong_type
-from lastgood.policy import Keep, known_mode
+from lastgood.policy import Keep
+from lastgood.ranking import known_mode
 from lastgood.triggers import Triggers
 
 MISSABLE = frozenset({"optimizer", "scheduler", "rng", "scaler", "data", "progress", "base_model", "callbacks"})

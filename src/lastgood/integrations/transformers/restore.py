@@ -10,6 +10,7 @@ import torch
 from transformers.trainer_callback import ExportableState
 
 from lastgood.errors import IncompleteRestore
+from lastgood.integrations.transformers import extras
 from lastgood.state import optimizer, tree, weights
 from lastgood.state.data import Position
 from lastgood.state.fingerprint import live_tensors
@@ -28,10 +29,11 @@ class Source(Saved):
 
     def weights(self, model: torch.nn.Module) -> None:
         """Every parameter and buffer of `model`, proven by digest."""
-        expected = self.digests["tensors"]
-        counts = weights.restore(model, expected, self._saved_weights, allow_base="base_model" in self.allow)
+        expected, unstored = self.digests["tensors"], self.digests.get("unstored", ())
+        base = "base_model" in self.allow
+        counts = weights.restore(model, expected, self._saved_weights, allow_base=base, unstored=unstored)
         detail = ", ".join(f"{number} {how}" for how, number in counts.items() if number)
-        self.restored.append(("model", f"all {len(expected)} tensors proven ({detail})"))
+        self.restored.append(("model", f"all {sum(counts.values())} tensors proven ({detail})"))
 
     def _saved_weights(self) -> dict[str, torch.Tensor]:
         found: dict[str, torch.Tensor] = {}
@@ -75,6 +77,13 @@ class Source(Saved):
             for name, value in match["state"].items():
                 setattr(callback, name, value)
             self.restored.append(("callback", type(callback).__name__))
+
+    def extras(self, trainer: Any) -> None:
+        """What the trainer and its callbacks carry from step to step."""
+        saved = self.resume.get("extras")
+        names = [] if saved is None else extras.restore(trainer, live_tensors(trainer.model), saved, self.tensors)
+        if names:
+            self.restored.append(("trainer", ", ".join(names)))
 
     def describe_rest(self, epoch: float) -> None:
         """Protocol of what the first epoch puts back: the generators and the place in the data."""

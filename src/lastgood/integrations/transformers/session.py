@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from lastgood import policy
+from lastgood import ranking
 from lastgood.errors import NoCheckpoint, Preempted
 from lastgood.guard import Guard
-from lastgood.integrations.transformers import capture, settings
+from lastgood.integrations.transformers import capture, old_loop, settings
 from lastgood.integrations.transformers.events import Events
 from lastgood.integrations.transformers.options import Options, retention
 from lastgood.integrations.transformers.outlook import look_ahead
@@ -27,7 +27,7 @@ from lastgood.occasions import Occasions
 from lastgood.repo import after, journal
 from lastgood.report import Change, Report
 from lastgood.state import facts, rng
-from lastgood.state.data import Tracker
+from lastgood.state.data import Position, Tracker
 from lastgood.state.fingerprint import live_tensors
 from lastgood.state.finite import not_finite
 from lastgood.state.recorder import Recorder
@@ -57,6 +57,9 @@ class Session:
     planned: bool = False  # a batch size that is tried anew begins training anew
     finished: bool = False  # the checkpoint resumed from is the last step of the run
     caught_up: bool = True  # nothing left to do of the step that was resumed from
+    place: Position | None = None  # in the data, of the epoch that is resumed in its middle
+    window: torch.Tensor | None = None  # losses since the last log line, where the loop has to be handed them
+    left: bool = False  # the loop is over
     where: str = "step"
     evaluate: bool = False  # an evaluation of this very step is still to come
     evaluating: Rng | None = None  # inside an evaluation: the generators as they were before it
@@ -121,6 +124,7 @@ class Session:
         self.tracker = Tracker(self.recorder.batches if self.recorder.on else None)
         self.finished, self.caught_up, self.evaluate, self.evaluating = False, True, False, None
         self.where, self.saved_step, self.planned, self.owed = "step", -1, False, False
+        self.left, self.place, self.window = False, None, None
         self.unsaved_metrics, self.changed, self.card = {}, [], {}
 
     @property
@@ -190,7 +194,10 @@ class Session:
             trainer._tr_loss = torch.tensor(value, device=trainer.args.device)
             # The Trainer reports the mean loss of this call: what came before the save isn't counted in it.
             trainer._total_loss_scalar = -value
+            self.window = trainer._tr_loss if old_loop.NEEDED else None
             trainer._globalstep_last_logged = progress["last_logged_step"]
+        if self.source is not None:  # only now: callbacks that copy the model have done so
+            self.source.extras(self.trainer)
         if self.target is not None:
             self._report()
             if self.source is not None:
@@ -198,6 +205,11 @@ class Session:
         if self.proving is None and not self.finished and not self.planned:
             self.planned = True
             look_ahead(self)
+
+    def with_window(self, loss: Any) -> Any:
+        """`loss`, and with the first one what the old loop, which begins its sum at zero, doesn't know of."""
+        window, self.window = self.window, None
+        return loss if window is None else loss + window
 
     def _report(self) -> None:
         target, source = self.target, self.source
@@ -316,10 +328,8 @@ class Session:
     # ---- best ----------------------------------------------------------------------------
 
     def best(self, records: Sequence[Record]) -> Record | None:
-        keep = self.live.keep
-        if keep.monitor is None or keep.mode is None:
-            return None
-        return policy.best(records, keep.monitor, keep.mode)
+        monitor, mode = self.live.keep.primary
+        return None if monitor is None or mode is None else ranking.best(records, monitor, mode)
 
     def _set_best(self, records: Sequence[Record]) -> None:
         best = self.best(records)
@@ -327,8 +337,8 @@ class Session:
 
     def load_best(self, model: torch.nn.Module) -> None:
         """load_best_model_at_end: exactly the weights that the best metric of a saved checkpoint belongs to."""
-        keep, state = self.live.keep, self.trainer.state
-        if keep.monitor is None or keep.mode is None:
+        (monitor, mode), state = self.live.keep.primary, self.trainer.state
+        if monitor is None or mode is None:
             warn("load_best_model_at_end: no metric says which checkpoint is the best; the last weights stay")
             return
         try:
@@ -341,8 +351,8 @@ class Session:
                 warn(f"load_best_model_at_end passed over {name}: {reason}")
         record = found.record
         Source(self.live.root / record.name, record, allow=self.options.allow_missing).weights(model)
-        score = policy.metric_of(record, keep.monitor)
-        say(f"loaded the best model: {record.name} ({keep.monitor} = {score})")
+        score = ranking.metric_of(record, monitor)
+        say(f"loaded the best model: {record.name} ({monitor} = {score})")
         if state.best_global_step not in (None, record.step) and state.best_metric != score:
             say(f"step {state.best_global_step} had {state.best_metric}, but no checkpoint was saved there")
         state.best_metric, state.best_global_step = score, record.step

@@ -8,14 +8,14 @@ Hooks translate between the Trainer's loop and the session; decisions are taken 
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager
 from typing import Any
 
 import transformers.trainer as stock
-from transformers import Trainer
+from accelerate import skip_first_batches
 from transformers.trainer_utils import SaveStrategy
 
 from lastgood.integrations.transformers import settings, unmanaged
+from lastgood.integrations.transformers.old_loop import NEEDED, Loop
 from lastgood.integrations.transformers.options import Options
 from lastgood.integrations.transformers.session import Session
 from lastgood.report import Report
@@ -23,7 +23,7 @@ from lastgood.state import rng
 from lastgood.state.data import can_skip_unread, draws_nothing
 
 
-class ManagedTrainer(Trainer):
+class ManagedTrainer(Loop):
     """Inherit from it in front of Trainer, or let `lastgood.manage` put it there."""
 
     _lastgood: Session | None = None
@@ -57,8 +57,13 @@ class ManagedTrainer(Trainer):
         target = self.model if model is None else model
         session.model_ready(target)
         if not session.restore_weights(resume_from_checkpoint, target):
-            load = super()._load_from_checkpoint
-            unmanaged.load_weights(resume_from_checkpoint, target, lambda: load(resume_from_checkpoint, model))
+            rest = () if model is None else (model,)
+            load = self._stock_load
+            unmanaged.load_weights(resume_from_checkpoint, target, lambda: load(resume_from_checkpoint, *rest))
+
+    def _stock_load(self, *args: Any) -> None:
+        """How the class would load the weights of a checkpoint that isn't ours."""
+        super()._load_from_checkpoint(*args)
 
     def _init_training_state(
         self,
@@ -104,29 +109,39 @@ class ManagedTrainer(Trainer):
     # ---- the loop ------------------------------------------------------------------------
 
     def _run_epoch(self, *, epoch: int, epochs_trained: int, train_dataloader: Any, **rest: Any) -> None:
-        session = self.lastgood
-        source = session.source if epoch == epochs_trained else None
+        session, consumed = self.lastgood, rest["steps_trained_in_current_epoch"]
         loader = session.tracker.watch(train_dataloader)
-        if source is None or not source.resume:
-            super()._run_epoch(epoch=epoch, epochs_trained=epochs_trained, train_dataloader=loader, **rest)
+        if not self._begin_epoch(epoch, resumed=epoch == epochs_trained, consumed=consumed, **rest):
             return
+        original = stock.skip_first_batches
+        stock.skip_first_batches = self._skip_for(session.place, consumed)
+        try:
+            super()._run_epoch(epoch=epoch, epochs_trained=epochs_trained, train_dataloader=loader, **rest)
+        finally:
+            stock.skip_first_batches = original
+
+    def _begin_epoch(self, epoch: int, *, resumed: bool, consumed: int, **rest: Any) -> bool:
+        """Stand where the run was interrupted, if it was in this epoch; False if nothing of it is left to train."""
+        session = self.lastgood
+        source, session.place = session.source if resumed else None, None
+        if source is None or not source.resume:
+            return True
         rng.restore(rng.decode(source.resume["rng"]))
         self._catch_up(epoch, **rest)
         if self.control.should_training_stop:
-            return
-        position = source.position()
-        consumed = rest["steps_trained_in_current_epoch"]
-        if position is not None and consumed in (position.consumed, 0):
-            session.tracker.set_own(position.own)
-        with self._skipping(position, consumed):
-            super()._run_epoch(epoch=epoch, epochs_trained=epochs_trained, train_dataloader=loader, **rest)
+            return False
+        session.place = source.position()
+        if session.place is not None and consumed in (session.place.consumed, 0):
+            session.tracker.set_own(session.place.own)
+        return True
 
-    @contextmanager
-    def _skipping(self, position: Any, consumed: int) -> Any:
-        """Within it, the stock loop's way past the batches already trained on is ours: exact, and followed."""
+    def _skip_for(self, position: Any, consumed: int) -> Any:
+        """The stock loop's way past the batches already trained on, made ours: exact, and followed."""
         session = self.lastgood
         then = rng.capture()
-        original = stock.skip_first_batches
+        original = skip_first_batches
+        if session.source is None or not session.source.resume:
+            return original
 
         def skip(loader: Any, count: int) -> Any:
             wanted = session.options.data_skip
@@ -138,11 +153,7 @@ class ManagedTrainer(Trainer):
                 return session.tracker.watch(loader, resume=at, then=then, discard=count)
             return session.tracker.watch(original(loader, count), resume=at, then=then)
 
-        stock.skip_first_batches = skip
-        try:
-            yield
-        finally:
-            stock.skip_first_batches = original
+        return skip
 
     def _catch_up(self, epoch: int, **rest: Any) -> None:
         """What the interrupted run still had to do at the step that was saved: evaluate, end the epoch."""
@@ -170,7 +181,7 @@ class ManagedTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().training_step(*args, **kwargs)
         self.lastgood.recorder.loss(loss)
-        return loss
+        return self.lastgood.with_window(loss)
 
     def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *rest: Any, **kwargs: Any) -> None:
         """Log, save, then evaluate: a crash in the evaluation must not cost the checkpoint of the same step."""
@@ -216,7 +227,19 @@ class ManagedTrainer(Trainer):
             self._push_from_checkpoint(os.path.join(self._get_output_dir(trial), record.name))
 
     def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
+        limit = self.args.save_total_limit
+        try:
+            self._end_loop(trial, start_time)
+            return super()._finalize_training(trial, num_train_samples, start_time)
+        finally:
+            self.args.save_total_limit = limit
+
+    def _end_loop(self, trial: Any, start_time: float) -> None:
+        """The loop was left; what comes is the end of the run, or the end of this process. Asked twice, done once."""
         session = self.lastgood
+        if session.left:
+            return
+        session.left = True
         if session.proving is not None:
             session.proving.leave(self)
         if session.finished and session.source is not None and not session.caught_up:
@@ -228,13 +251,11 @@ class ManagedTrainer(Trainer):
             self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
             session.preempted()
         # With a limit of 1 the stock Trainer ends by deleting every checkpoint but the best, whosever it is.
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            if session.coverage is not None:
-                session.live.retain()
-            return super()._finalize_training(trial, num_train_samples, start_time)
-        finally:
-            self.args.save_total_limit = limit
+        self.args.save_total_limit = None
+        if session.coverage is not None:
+            session.live.retain()
 
     def _load_best_model(self) -> None:
+        if NEEDED:  # the old loop comes here before it ends
+            self._end_loop(None, 0.0)
         self.lastgood.load_best(self.model)

@@ -1,0 +1,64 @@
+"""A part of a checkpoint as a state dict: every byte is hashed as it is read, and nothing is handed out before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lastgood.errors import CorruptCheckpoint, UsageError
+from lastgood.format.tensors import decode
+from lastgood.model import FileEntry
+from lastgood.state.tensors import from_bytes
+from lastgood.store import local
+
+SCALED = ("float8", "float4")
+"""Beginnings of the names of dtypes whose values mean something only together with their scales: never converted."""
+
+
+def load(
+    files: Sequence[tuple[Path, FileEntry]], aliases: Mapping[str, str], *, device: Any = None, dtype: Any = None
+) -> dict[str, torch.Tensor]:
+    """name -> tensor over all files; a later file's tensor wins. Needs memory for the files once.
+
+    aliases: further name -> name that is stored; they share one tensor, as tied ones do. device: as torch has it
+    (None: the CPU). dtype: a torch.dtype or its name, for floating tensors (None: as they were saved). Raises
+    CorruptCheckpoint for a file that isn't what was saved.
+    """
+    wanted = _dtype(dtype)
+    found: dict[str, torch.Tensor] = {}
+    for path, entry in files:
+        for name, stored in decode(path, _verified(path, entry)).items():
+            tensor = from_bytes(stored)
+            kind = wanted if wanted is not None and _plain(tensor) else tensor.dtype
+            found[name] = tensor.to(device=device, dtype=kind)
+    for name, target in aliases.items():
+        if target in found and name not in found:
+            found[name] = found[target]
+    return found
+
+
+def _verified(path: Path, entry: FileEntry) -> bytearray:
+    try:
+        buffer, is_now = local.content(path)
+    except OSError as error:
+        raise CorruptCheckpoint(f"{path} can't be read: {error.strerror or error}") from error
+    if is_now != entry:
+        raise CorruptCheckpoint(
+            f"the content of {path} is not what was saved (hash differs); nothing was loaded",
+            hint="`lastgood verify --full` says which checkpoints are good",
+        )
+    return buffer
+
+
+def _plain(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() and not str(tensor.dtype).removeprefix("torch.").startswith(SCALED)
+
+
+def _dtype(value: Any) -> torch.dtype | None:
+    found = getattr(torch, value, None) if isinstance(value, str) else value
+    if value is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise UsageError(f"dtype={value!r} is not a floating type of torch", hint="dtype='bfloat16'")
+    return found

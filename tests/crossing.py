@@ -1,0 +1,65 @@
+"""A run that one set of libraries writes and another reads: `python crossing.py write DIR`, then `read DIR`.
+
+`write` leaves, for each case, a run that was killed at step 5 and what the same run comes to when nobody kills it.
+`read` goes on with copies of the runs and says, as one line of JSON, whether each came to the same.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import lastgood
+
+import forked
+from training import Case, outcome, train
+
+CASES = {
+    "full": Case("full", evaluate=True, noise="torch python numpy"),
+    "adapter": Case("adapter", lora=True, rows=10),
+}
+
+
+def write(root: Path) -> None:
+    root.mkdir(parents=True)
+    for name, case in CASES.items():
+        log = root / f"{name}.log"
+        with tempfile.TemporaryDirectory() as scratch:
+            assert forked.run(train, case, Path(scratch) / "a", root / f"{name}.json", log=log) == 0, log.read_text()
+        assert forked.run(train, case, root / name, root / "x", kill=5, log=log) == -9, log.read_text()
+
+
+def read(root: Path) -> dict[str, str]:
+    """Case -> "exact", "continues" (restored whole, arithmetic differs), or what went wrong."""
+    return {name: _read(root, name, case) for name, case in CASES.items()}
+
+
+def _read(root: Path, name: str, case: Case) -> str:
+    with tempfile.TemporaryDirectory() as scratch:
+        copy, result, log = Path(scratch) / "run", Path(scratch) / "r.json", Path(scratch) / "log"
+        shutil.copytree(root / name, copy)
+        if forked.run(_go_on, case, copy, result, log=log) != 0:
+            return log.read_text().strip().splitlines()[-1]
+        same = json.loads(result.read_text()) == json.loads((root / f"{name}.json").read_text())
+        return "exact" if same else "continues"
+
+
+def _go_on(case: Case, run: Path, result: Path) -> None:
+    trainer = lastgood.manage(case.trainer(run))
+    trainer.train(resume_from_checkpoint="auto")
+    report = trainer.resume_report  # type: ignore[attr-defined]
+    parts = {part for part, _ in report.restored}
+    assert report.step == 4 and trainer.state.global_step == 8 and not report.missing, report
+    assert {"model", "optimizer", "scheduler", "rng", "data"} <= parts, parts
+    result.write_text(json.dumps(outcome(trainer)))
+
+
+if __name__ == "__main__":
+    verb, directory = sys.argv[1:]
+    if verb == "write":
+        write(Path(directory))
+    else:
+        print(json.dumps(read(Path(directory))))
