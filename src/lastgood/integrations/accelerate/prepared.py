@@ -2,22 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lastgood.errors import NotSupported, wrong_type
+import torch
+
+from lastgood.errors import NotSupported, UsageError, wrong_type
+from lastgood.integrations.torch.module import unwrapped
+from lastgood.state.optimizer import plain
+from lastgood.talk import warn
+
+SPREAD = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP", "XLA")
+"""Kinds whose state is spread over processes, or held by an engine of its own, even where there is one process."""
 
 
 def parts(accelerator: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Name -> what was prepared or registered for checkpointing, without what is `given` under a name of its own.
+    """Name -> what a checkpoint holds: what is `given` first, then what else was prepared or registered.
 
-    Raises NotSupported for several processes, and for a state that is spread over them.
+    What is given under a name of its own may be the object that was prepared or the one that `prepare` returned.
+
+    Raises UsageError where nothing was prepared or two things would have one name, NotSupported for several processes
+    and for a state that is spread over them.
     """
     if not hasattr(accelerator, "_models") or not hasattr(accelerator, "num_processes"):
         raise wrong_type("accelerator", accelerator, "an accelerate.Accelerator")
     _one_process(accelerator)
-    named = {id(_bare(thing)) for thing in given.values()}
-    found: dict[str, Any] = {}
+    own = dict(listed(accelerator))
+    if not own:
+        raise UsageError(
+            "the accelerator has prepared nothing yet", hint="make the CheckpointManager after accelerator.prepare(...)"
+        )
+    if accelerator._save_model_state_pre_hook:
+        warn(
+            "the accelerator's save_state hooks aren't called: a checkpoint holds the whole models as they are;"
+            " what a hook writes for others has to be written by the script itself"
+        )
+    bare = {identity(thing): thing for thing in reversed(own.values())}  # of two wrappers of one thing the first
+    found = {name: bare.get(identity(thing), thing) for name, thing in given.items()}
+    seen = {identity(thing) for thing in found.values()}
+    for name, thing in own.items():
+        if identity(thing) in seen:
+            continue
+        if name in found:
+            raise UsageError(
+                f"{name!r} is the name of what the accelerator prepared, and something else was given under it",
+                hint=f"give it another name, or hand over the accelerator's own as {name}=",
+            )
+        seen.add(identity(thing))
+        found[name] = thing
+    return found
+
+
+def listed(accelerator: Any) -> Iterator[tuple[str, Any]]:
+    """Everything that `save_state` would save, in its order."""
     for name, things in (
         ("model", accelerator._models),
         ("optimizer", accelerator._optimizers),
@@ -25,29 +62,31 @@ def parts(accelerator: Any, given: Mapping[str, Any]) -> dict[str, Any]:
         ("dataloader", accelerator._dataloaders),
         ("custom", accelerator._custom_objects),
     ):
-        for place, thing in enumerate(thing for thing in things if id(_bare(thing)) not in named):
-            key = f"{name}_{place}" if place else name
-            if key in given:
-                raise wrong_type(key, given[key], f"named otherwise: the accelerator has a {key} of its own")
-            found[key] = thing
-    if getattr(accelerator, "scaler", None) is not None and "scaler" not in given:
-        found["scaler"] = accelerator.scaler
-    return found
+        for place, thing in enumerate(things):
+            yield f"{name}_{place}" if place else name, thing
+    if getattr(accelerator, "scaler", None) is not None:
+        yield "scaler", accelerator.scaler
 
 
-def _bare(thing: Any) -> Any:
-    """The object inside Accelerate's wrappers."""
-    for name in ("optimizer", "scheduler", "base_dataloader", "module", "_orig_mod"):
-        inner = thing.__dict__.get(name) if hasattr(thing, "__dict__") else None
-        if inner is not None and type(thing).__module__.startswith(("accelerate.", "torch._dynamo")):
-            return _bare(inner)
-    return thing
+def identity(thing: Any) -> int:
+    """The same for an object and for what Accelerate and torch.compile wrap around it."""
+    if isinstance(thing, torch.nn.Module):
+        return id(unwrapped(thing))
+    if isinstance(thing, torch.optim.Optimizer):
+        return id(plain(thing))
+    if isinstance(thing, torch.utils.data.DataLoader):  # `prepare` makes another one with the same sampler
+        sampler = getattr(thing, "batch_sampler", None)
+        return id(thing.dataset if sampler is None else sampler)
+    if type(thing).__module__.startswith("accelerate.") and hasattr(thing, "scheduler"):
+        return id(thing.scheduler)
+    return id(thing)
 
 
 def _one_process(accelerator: Any) -> None:
     kind = str(getattr(accelerator, "distributed_type", "")).rpartition(".")[2]
-    if accelerator.num_processes > 1 or kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP", "XLA"):
+    if accelerator.num_processes > 1 or kind in SPREAD:
+        count = accelerator.num_processes
         raise NotSupported(
-            f"CheckpointManager can't save an Accelerator of {accelerator.num_processes} process(es), {kind}, yet",
+            f"CheckpointManager can't save an Accelerator of {count} process{'es' * (count > 1)} ({kind}) yet",
             hint="run it in one process, or keep accelerator.save_state; `lastgood import` reads what that writes",
         )

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lastgood.integrations.torch.exchange import Part
-from lastgood.integrations.torch.loader import Data
+from lastgood.integrations.torch.exchange import Marked, Part
 from lastgood.integrations.torch.stamp import Stamp
 from lastgood.state import rng
 from lastgood.state.rng import Rng
@@ -24,7 +23,7 @@ class Boundary:
     def here(cls, step: int, parts: Sequence[Part]) -> Boundary:
         """The loop is between two steps now; where it stands in its data is noted, too."""
         for part in parts:
-            if isinstance(part, Data):
+            if isinstance(part, Marked):
                 part.mark()
         return cls(step, rng.capture(), {part.name: part.stamp() for part in parts})
 

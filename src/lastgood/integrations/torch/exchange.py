@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -103,4 +103,13 @@ class Part(Protocol):
 
     def stamp(self) -> Stamp | None:
         """Changes whenever the part does; None where nobody can tell."""
+        ...
+
+
+@runtime_checkable
+class Marked(Protocol):
+    """A part that has to be told at the end of each step, because it is somewhere else when that is saved."""
+
+    def mark(self) -> None:
+        """A step is complete."""
         ...

@@ -52,16 +52,18 @@ class CheckpointManager:
         chosen = {name: value for name, value in options_and_parts.items() if name in known}
         given = {name: value for name, value in options_and_parts.items() if name not in known}
         self.options = Options(**chosen)
-        _one_process()
+        more: list[Part] = []
         if accelerator is not None:
-            from lastgood.integrations.accelerate import prepared
+            from lastgood.integrations.accelerate import prepared, progress
 
-            given = {**prepared.parts(accelerator, given), **given}
+            given = prepared.parts(accelerator, given)
+            more = [progress.Progress(accelerator)]
+        _one_process()
         if not given:
             raise UsageError(
                 "CheckpointManager was given nothing to save", hint="model=model, optimizer=optimizer, ..."
             )
-        self.parts: list[Part] = [part(name, thing) for name, thing in given.items()]
+        self.parts: list[Part] = [*(part(name, thing) for name, thing in given.items()), *more]
         _trains_what_is_saved(self.parts)
         self.report: Report | None = None
         self._run = Manager(
