@@ -90,7 +90,7 @@ def campaign(
         _clear(out)
         status = -1
         while status:
-            begun = newest(out) if out.exists() else 0
+            begun = _newest(out)
             out.with_name(f"{out.name}.phase").unlink(missing_ok=True)
             process = start(door, out, steps)
             after = _kill(process, out, rng, straight) if tally.kills < times else 0.0
@@ -103,7 +103,7 @@ def campaign(
             if status:
                 where = _where(out, begun)
                 tally.places[where] += 1
-                tell(f"  kill {tally.kills}: after {after:.3f} s, {where}, newest checkpoint {newest(out)}")
+                tell(f"  kill {tally.kills}: after {after:.3f} s, {where}, newest checkpoint {_newest(out)}")
         faults = _differs(out, straight)
         tally.faults += faults
         tally.identical += not faults
@@ -201,6 +201,11 @@ def _phase(out: Path) -> str:
         return _read(out, "phase")
     except OSError:
         return ""
+
+
+def _newest(out: Path) -> int:
+    """The highest step that was saved; 0 also where it died before there was a run."""
+    return newest(out) if out.exists() else 0
 
 
 def _tail(out: Path) -> str:

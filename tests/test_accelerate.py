@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import random
-import re
+import runpy
 import signal
+import socket
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +24,13 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import lastgood
 import loops
-from lastgood.errors import Incompatible, NotSupported, UsageError
+from lastgood.errors import LastgoodError, NotSupported, UsageError
 from loops import Average, Net
 
 import forked
 from training import texts
 
+EXAMPLE = Path(__file__).parent.parent / "examples" / "accelerate_loop.py"
 pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*optimizer.step.*:UserWarning")
 
 ROWS = 14
@@ -178,6 +182,9 @@ TRAININGS: dict[str, Callable[[], Training]] = {
     "seedable sampler": lambda: made(dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True)),
     "a generator of the loader": lambda: made(data=loader(generator=torch.Generator().manual_seed(7))),
     "a stream": lambda: made(data=DataLoader(Flow(), batch_size=4)),
+    "a stream, not dispatched": lambda: made(
+        data=DataLoader(Flow(), batch_size=4), dataloader_config=DataLoaderConfiguration(dispatch_batches=False)
+    ),
     "accumulation": lambda: made(gradient_accumulation_steps=3),
     "accumulation, every batch a step": every_batch,
     "accumulation over epochs": outside,
@@ -188,7 +195,6 @@ TRAININGS: dict[str, Callable[[], Training]] = {
     "a loader for evaluation": evaluating,
     "parts of one's own names": beside,
     "prepared twice": twice,
-    "compiled": lambda: made(dynamo_backend="eager"),
 }
 
 
@@ -241,3 +247,172 @@ def test_I1_I4_killed_and_resumed_is_the_same_to_the_last_bit(name: str, tmp_pat
         log = tmp_path / "log"
         assert forked.run(train, name, tmp_path / "run", kill=kill, log=log) == -9, log.read_text()
     assert train(name, tmp_path / "run") == expected
+
+
+# ---- what is held, and under which name --------------------------------------------------------
+
+
+def names(**given: Any) -> list[str]:
+    return [part.name for part in lastgood.CheckpointManager("nowhere", **given).parts]
+
+
+def test_names_are_those_that_save_state_counts_by() -> None:
+    training = begin("two models, optimizers, schedules")
+    accelerator = training.accelerator
+    counted = ["model", "model_1", "optimizer", "optimizer_1", "scheduler", "scheduler_1", "dataloader", "accelerator"]
+    assert names(accelerator=accelerator) == counted
+    critic, rate = training.models[1], training.optimizers[0].optimizer
+    own = names(accelerator=accelerator, critic=critic, rate=rate, counts={})
+    assert own == ["critic", "rate", "counts", *(name for name in counted if name not in ("model_1", "optimizer"))]
+    assert names(accelerator=accelerator, model=training.models[0]) == counted
+    with pytest.raises(UsageError, match="'model' is the name of what the accelerator prepared"):
+        names(accelerator=accelerator, model=Net())
+
+
+def test_a_compiled_model_is_the_one_that_was_given() -> None:
+    AcceleratorState._reset_state(True)
+    accelerator, net = Accelerator(cpu=True, dynamo_backend="eager"), Net()
+    assert accelerator.prepare(net) is not net
+    assert names(accelerator=accelerator, mine=net) == ["mine", "accelerator"]
+
+
+def test_what_comes_too_late_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    AcceleratorState._reset_state(True)
+    with pytest.raises(UsageError, match="has prepared nothing yet"):
+        names(accelerator=Accelerator(cpu=True))
+    training = begin("plain")
+    ckpt = lastgood.CheckpointManager(tmp_path, accelerator=training.accelerator, save_steps=1)
+    with ckpt:
+        ckpt.restore()
+        training.accelerator.register_for_checkpointing(Average(training.models[0]))
+        for step in (1, 2):
+            ckpt.step(step)
+    told = "custom of the accelerator came after the CheckpointManager was made"
+    assert caplog.text.count(told) == 1
+    training = begin("plain")
+    ckpt = lastgood.CheckpointManager(tmp_path, accelerator=training.accelerator)
+    training.accelerator.prepare(loader())
+    with ckpt, pytest.raises(UsageError, match="dataloader_1 of the accelerator came after"):
+        ckpt.restore()
+
+
+def test_a_loader_that_skips_is_not_taken_for_the_one_that_is_followed(tmp_path: Path) -> None:
+    for name in ("plain", "a stream, not dispatched"):
+        training = begin(name)
+        with lastgood.CheckpointManager(tmp_path / name, accelerator=training.accelerator) as ckpt:
+            ckpt.restore()
+            skipping = training.accelerator.skip_first_batches(training.loader, 1)
+            for batch in skipping:
+                training.train(batch)
+                with pytest.raises(UsageError, match=r"iterates what accelerator\.skip_first_batches made"):
+                    ckpt.step(1)
+                break
+
+
+def test_registered_in_another_order_is_refused(tmp_path: Path) -> None:
+    train("registered objects", tmp_path, total=2)
+    training = begin("plain")
+    others = [torch.optim.swa_utils.AveragedModel(training.models[0]), Average(training.models[0])]
+    training.accelerator.register_for_checkpointing(*others)
+    before = loops.state(loops.Recipe(model=training.models[0]))
+    ckpt = lastgood.CheckpointManager(tmp_path, accelerator=training.accelerator)
+    with ckpt, pytest.raises(LastgoodError, match="custom"):
+        ckpt.restore()
+    assert loops.state(loops.Recipe(model=training.models[0])) == before
+
+
+def test_hooks_of_save_state_are_not_called_and_it_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    training = begin("plain")
+    called = []
+    training.accelerator.register_save_state_pre_hook(lambda *args: called.append(args))
+    with lastgood.CheckpointManager(tmp_path, accelerator=training.accelerator, save_steps=1) as ckpt:
+        ckpt.restore()
+        ckpt.step(1)
+    assert "save_state hooks aren't called" in caplog.text
+    assert not called
+    assert (tmp_path / "checkpoint-1" / "model.safetensors").exists()
+
+
+def test_freed_memory_is_still_saved(tmp_path: Path) -> None:
+    training = begin("plain")
+    with lastgood.CheckpointManager(tmp_path, accelerator=training.accelerator, save_steps=1, on_error="raise") as ckpt:
+        ckpt.restore()
+        training.accelerator.free_memory()
+        ckpt.step(1)
+    assert [record.step for record in lastgood.open(tmp_path).checkpoints] == [1]
+
+
+# ---- what can't be saved -----------------------------------------------------------------------
+
+
+def ranks(place: Path, rank: int, port: int, fsdp: bool) -> None:
+    """One of two processes of a real group."""
+    AcceleratorState._reset_state(True)
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in numbers.items()}, MASTER_ADDR="127.0.0.1")
+    if fsdp:
+        os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    with pytest.raises(NotSupported, match=r"an Accelerator of 2 processes \((FSDP|MULTI_CPU)\)") as error:
+        lastgood.CheckpointManager(place, accelerator=accelerator)
+    assert "keep accelerator.save_state; `lastgood import` reads" in error.value.hint
+    print("refused", accelerator.distributed_type)
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_several_processes_are_refused(fsdp: bool, tmp_path: Path) -> None:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    log = tmp_path / "log"
+    children = [forked.start(ranks, tmp_path / "run", rank, port, fsdp, log=log) for rank in (0, 1)]
+    assert [forked.wait(child) for child in children] == [0, 0], log.read_text()
+    assert log.read_text().count("refused") == 2
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "MEGATRON_LM", "FSDP"])
+def test_engines_with_a_state_of_their_own_are_refused(kind: str, tmp_path: Path) -> None:
+    training = begin("plain")
+    training.accelerator.state.distributed_type = DistributedType[kind]
+    with pytest.raises(NotSupported, match=rf"an Accelerator of 1 process \({kind}\) yet"):
+        lastgood.CheckpointManager(tmp_path, accelerator=training.accelerator)
+    AcceleratorState._reset_state(True)
+
+
+def test_a_directory_of_save_state_is_left_alone_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    training = begin("plain")
+    old = tmp_path / "checkpoint_0"
+    training.accelerator.save_state(str(old))
+    before = {path: path.read_bytes() for path in old.iterdir()}
+    with lastgood.CheckpointManager(tmp_path, accelerator=training.accelerator) as ckpt:
+        assert ckpt.restore() == 0
+    ckpt = lastgood.CheckpointManager(tmp_path, accelerator=training.accelerator)
+    with ckpt, pytest.raises(NotSupported, match=r"accelerator\.load_state"):
+        ckpt.restore(old)
+    assert {path: path.read_bytes() for path in old.iterdir()} == before
+
+
+# ---- the example -------------------------------------------------------------------------------
+
+
+def example(out: Path) -> None:
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    torch.set_num_threads(1)
+    sys.argv = [str(EXAMPLE), str(out), "--steps", "45"]
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+
+
+def test_I1_I4_the_example_is_killed_and_ends_the_same(tmp_path: Path) -> None:
+    logs = [tmp_path / name for name in ("whole.log", "killed.log", "resumed.log")]
+    assert forked.run(example, tmp_path / "whole", log=logs[0]) == 0, logs[0].read_text()
+    child = forked.start(example, tmp_path / "run", log=logs[1])
+    limit = time.monotonic() + 120
+    while not (tmp_path / "run" / "checkpoint-20").exists() and time.monotonic() < limit:
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    assert forked.wait(child) == -signal.SIGKILL, logs[1].read_text()
+    assert forked.run(example, tmp_path / "run", log=logs[2]) == 0, logs[2].read_text()
+    assert logs[2].read_text().splitlines()[-1] == logs[0].read_text().splitlines()[-1]

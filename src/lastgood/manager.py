@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from lastgood import policy
-from lastgood.errors import LastgoodError, NoCheckpoint, NotEnoughSpace, NotSupported, RunLocked, SaveFailed
+from lastgood.errors import LastgoodError, NoCheckpoint, NotEnoughSpace, NotSupported, RunLocked, SaveFailed, UsageError
 from lastgood.model import Head, Record, Span, extend, next_seq
 from lastgood.policy import Keep
 from lastgood.recovery import UNADOPTED, first_good, in_order
@@ -63,7 +63,17 @@ class Manager:
     # ---- life of a run -------------------------------------------------------------------
 
     def open(self, *, takeover: bool = False) -> None:
-        """Become the only writer. Raises RunLocked (somebody else is) or SaveFailed (the directory isn't writable)."""
+        """Become the only writer.
+
+        Raises RunLocked (somebody else is), SaveFailed (the directory isn't writable) or UsageError (it is inside a
+        checkpoint).
+        """
+        inside = next((p for p in (self.root, *self.root.absolute().parents) if layout.is_checkpoint(p)), None)
+        if inside is not None:
+            raise UsageError(
+                f"{self.root} lies in the checkpoint {inside}, which retention may delete",
+                hint="choose a directory of its own for this run",
+            )
         try:
             local.make_dirs(self.root / layout.HIDDEN)
             lock = RunLock(self.root)

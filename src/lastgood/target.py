@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lastgood.errors import CorruptCheckpoint, NoCheckpoint, NotSupported, UsageError, wrong_type
+from lastgood.layouts import scan
 from lastgood.layouts import trainer as stock
 from lastgood.manager import Manager
 from lastgood.model import Record
@@ -128,6 +129,7 @@ def _stock_auto(manager: Manager, old: list[stock.Stock]) -> Target:
 
 
 _STOCK_NOTE = "written by a stock Trainer: read with weights_only=True, no hashes to check it against"
+_LOAD = {"accelerate": "a first launch may begin with accelerator.load_state(path)"}
 _ADOPTED_NOTE = "written by a stock Trainer and adopted: read with weights_only=True"
 
 
@@ -157,6 +159,13 @@ def _path(manager: Manager, path: Path, option: str) -> Target:
 
 
 def _stock_path(path: Path) -> Target:
+    if scan.recognised(path):
+        tool = scan.look(path).layout
+        raise NotSupported(
+            f"{path} was written by another tool ({tool})",
+            hint=_LOAD.get(tool, "load it with that tool in a first launch without a checkpoint")
+            + ", or take its weights: `lastgood import` makes a checkpoint of it",
+        )
     item = stock.inspect(path)
     if item.problems:
         raise CorruptCheckpoint(f"{path} is damaged: {'; '.join(item.problems)}", hint="choose another checkpoint")

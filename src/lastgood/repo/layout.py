@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 HIDDEN = ".lastgood"
+MANIFEST = "lastgood.json"
 _NAME = re.compile(r"checkpoint-([0-9]{1,18})(?:\.[0-9a-f]{8})?")
 
 
@@ -14,6 +15,11 @@ def step_of(name: str) -> int | None:
     """The step in a checkpoint's directory name; None for any other name (checkpoint-best, old-checkpoint-5)."""
     match = _NAME.fullmatch(name)
     return int(match[1]) if match else None
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether this directory is a checkpoint of ours."""
+    return step_of(path.name) is not None and (path / MANIFEST).is_file()
 
 
 def new_id() -> str:

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from lastgood.errors import RunLocked
 from lastgood.repo.layout import boot, hidden
@@ -31,7 +31,7 @@ class RunLock:
         self._card = hidden(root, "lock.json")
         self._root = root
         self._nonce = secrets.token_hex(8)
-        self._lock = FileLock(self._file, timeout=0)
+        self._lock = _file_lock(self._file)
 
     def acquire(self, *, takeover: bool = False, anonymous: bool = False) -> None:
         """Raises RunLocked at once if a living process holds the run. takeover: fence that process off instead.
@@ -48,7 +48,7 @@ class RunLock:
         if takeover:
             # A new file: the old holder keeps its lock on one that no longer has a name.
             local.unlink(self._file)
-            self._lock = FileLock(self._file, timeout=0)
+            self._lock = _file_lock(self._file)
         deadline = time.monotonic() + PATIENCE
         while True:
             try:
@@ -153,3 +153,8 @@ def _start_time(pid: int) -> str | None:
         return None
     fields = text.rpartition(")")[2].split()
     return None if fields[0] == "Z" else fields[19]
+
+
+def _file_lock(path: Path) -> BaseFileLock:
+    """Of the whole process: a loop may restore in one thread and step in another."""
+    return FileLock(path, timeout=0, thread_local=False)

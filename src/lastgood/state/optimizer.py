@@ -94,8 +94,12 @@ def fits(optimizer: Any, live: Mapping[str, torch.Tensor], saved: Mapping[str, A
     return names
 
 
-def renamed(optimizer: Any, live: Mapping[str, torch.Tensor], saved: Mapping[str, Any], match: Match) -> dict[str, Any]:
+def renamed(
+    optimizer: Any, live: Mapping[str, torch.Tensor], saved: Mapping[str, Any], match: Match, models: Iterable[str] = ()
+) -> dict[str, Any]:
     """What was saved, for the parameters of a model that isn't quite the saved one; new ones begin without state.
+
+    models: names of models whose parameters are called `<model>.<name>`; patterns are about the name alone.
 
     Raises Incompatible for differences that `match` doesn't allow.
     """
@@ -106,12 +110,22 @@ def renamed(optimizer: Any, live: Mapping[str, torch.Tensor], saved: Mapping[str
             hint="build the groups in the same way, or allow_missing=['optimizer', 'scheduler'] to start it afresh",
         )
     before = [name for group in saved["groups"] for name in group["names"]]
-    pairs = match.pair(before, [name for group in names for name in group], "the optimizer")
+    now = [name for group in names for name in group]
+    pairs: dict[str, str] = {}
+    for start in (*(f"{model}." for model in models), ""):
+        mine, before = _begin_with(start, before)
+        ours, now = _begin_with(start, now)
+        pairs |= {start + here: start + name for here, name in match.pair(mine, ours, "the optimizer").items()}
     return {
         **saved,
         "groups": [{**group, "names": now} for group, now in zip(saved["groups"], names, strict=True)],
         "state": {here: saved["state"][name] for here, name in pairs.items() if name in saved["state"]},
     }
+
+
+def _begin_with(start: str, names: list[str]) -> tuple[list[str], list[str]]:
+    """(what follows `start` in the names that have it, the other names)"""
+    return [n.removeprefix(start) for n in names if n.startswith(start)], [n for n in names if not n.startswith(start)]
 
 
 def restore(

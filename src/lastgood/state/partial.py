@@ -13,6 +13,7 @@ from lastgood.state.fingerprint import live_tensors
 from lastgood.state.match import Match
 from lastgood.state.optimizer import some
 from lastgood.state.tensors import digest, same_bits, signature
+from lastgood.state.weights import put
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +26,8 @@ class Partial:
 
     def apply(self) -> None:
         """Raises IncompleteRestore if a tensor doesn't hold what was saved even now."""
-        with torch.no_grad():
-            for name, tensor in self.sources.items():
-                self.live[name].copy_(tensor)
+        for name, tensor in self.sources.items():
+            put(self.live[name], tensor)
         wrong = [name for name, tensor in self.sources.items() if not same_bits(self.live[name], tensor)]
         if wrong:
             raise IncompleteRestore(f"after the restore these tensors don't hold what was saved: {some(wrong)}")

@@ -46,7 +46,7 @@ def encode(value: object, tensors: dict[str, torch.Tensor], where: str) -> JSON:
         return {"$bytes": base64.b64encode(bytes(value)).decode()}
     if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
         plain = np.ascontiguousarray(value)
-        return {"$array": [plain.dtype.str, list(plain.shape), base64.b64encode(plain.tobytes()).decode()]}
+        return {"$array": [plain.dtype.str, list(value.shape), base64.b64encode(plain.tobytes()).decode()]}
     if isinstance(value, torch.dtype):
         return {"$dtype": str(value).removeprefix("torch.")}
     if isinstance(value, torch.device):

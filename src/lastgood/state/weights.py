@@ -197,13 +197,18 @@ class Prepared:
 
     def apply(self) -> dict[str, int]:
         """Returns the counts. Raises IncompleteRestore if a tensor doesn't hold what was saved even now."""
-        with torch.no_grad():
-            for name, tensor in self.sources.items():
-                self.live[name].copy_(tensor)
+        for name, tensor in self.sources.items():
+            put(self.live[name], tensor)
         wrong = [name for name in self.sources if digest(self.live[name]) != self.expected[name]]
         if wrong:
             raise IncompleteRestore(f"after the restore these tensors don't hold what was saved: {some(wrong)}")
         return self.counts
+
+
+def put(live: torch.Tensor, tensor: torch.Tensor) -> None:
+    """Copy in place; a tensor that was made in inference mode can be written to nowhere else."""
+    with torch.inference_mode() if live.is_inference() else torch.no_grad():
+        live.copy_(tensor)
 
 
 def prepare(

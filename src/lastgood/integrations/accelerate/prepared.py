@@ -74,9 +74,9 @@ def identity(thing: Any) -> int:
         return id(unwrapped(thing))
     if isinstance(thing, torch.optim.Optimizer):
         return id(plain(thing))
-    if isinstance(thing, torch.utils.data.DataLoader):  # `prepare` makes another one with the same sampler
-        sampler = getattr(thing, "batch_sampler", None)
-        return id(thing.dataset if sampler is None else sampler)
+    if isinstance(thing, torch.utils.data.DataLoader):  # `prepare` makes another one of the same data
+        sampler, data = getattr(thing, "batch_sampler", None), thing.dataset
+        return id(data if sampler is None or isinstance(data, torch.utils.data.IterableDataset) else sampler)
     if type(thing).__module__.startswith("accelerate.") and hasattr(thing, "scheduler"):
         return id(thing.scheduler)
     return id(thing)

@@ -39,9 +39,11 @@ class Progress:
         active = self.accelerator.gradient_state.active_dataloader
         if active is None or any(active is thing for thing in self.things.values()):
             return
-        inner = getattr(getattr(active, "batch_sampler", None), "batch_sampler", None)  # of accelerate's SkipBatchSampler
-        source = getattr(active, "dataset", None) if inner is None else inner
-        if id(source) in {identity(thing) for name, thing in self.things.items() if name.startswith("dataloader")}:
+        inner = getattr(
+            getattr(active, "batch_sampler", None), "batch_sampler", None
+        )  # of accelerate's SkipBatchSampler
+        source = identity(active) if inner is None else id(inner)
+        if source in {identity(thing) for name, thing in self.things.items() if name.startswith("dataloader")}:
             raise UsageError(
                 "the loop iterates what accelerator.skip_first_batches made, whose position isn't known",
                 hint="iterate the prepared loader itself: restore() has put it where the run stands",

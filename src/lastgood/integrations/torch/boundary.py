@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from lastgood.errors import wrong_type
 from lastgood.integrations.torch.exchange import Marked, Part
+from lastgood.integrations.torch.module import Model
 from lastgood.integrations.torch.stamp import Stamp
 from lastgood.state import rng
 from lastgood.state.rng import Rng
+
+MOST_STEPS = 10**18
+"""A step has at most 18 digits, in the name of its checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,4 +39,14 @@ class Boundary:
         Random numbers that were drawn and batches that were fetched are known from the boundary itself.
         """
         now = {part.name: part.stamp() for part in parts}
-        return [name for name, before in self.stamps.items() if before is None or now[name] != before]
+        replaced = {part.name for part in parts if isinstance(part, Model) and part.replaced()}
+        return [
+            name for name, before in self.stamps.items() if before is None or now[name] != before or name in replaced
+        ]
+
+
+def counted(step: Any) -> int:
+    """Of whatever library an integer is."""
+    if isinstance(step, bool) or not hasattr(step, "__index__"):
+        raise wrong_type("step", step, "the number of steps that are complete")
+    return int(step.__index__())

@@ -15,13 +15,13 @@ import torch
 from lastgood.errors import LastgoodError, NotSupported, Preempted, UsageError
 from lastgood.guard import Guard
 from lastgood.integrations.torch import restoring, writing
-from lastgood.integrations.torch.boundary import Boundary
+from lastgood.integrations.torch.boundary import MOST_STEPS, Boundary, counted
 from lastgood.integrations.torch.exchange import Part
 from lastgood.integrations.torch.loader import Data
 from lastgood.integrations.torch.metrics import Metrics, number
 from lastgood.integrations.torch.module import Model
 from lastgood.integrations.torch.options import Options
-from lastgood.integrations.torch.parts import Optimizer, Value, part
+from lastgood.integrations.torch.parts import part, trains_what_is_saved
 from lastgood.manager import Manager
 from lastgood.model import Record, finite
 from lastgood.occasions import Occasions
@@ -64,10 +64,10 @@ class CheckpointManager:
                 "CheckpointManager was given nothing to save", hint="model=model, optimizer=optimizer, ..."
             )
         self.parts: list[Part] = [*(part(name, thing) for name, thing in given.items()), *more]
-        _trains_what_is_saved(self.parts)
+        trains_what_is_saved(self.parts)
         self.report: Report | None = None
         self._run = Manager(
-            root=Path(root),
+            root=Path(root).absolute(),
             keep=self.options.keep,
             on_error=self.options.on_error,
             verify=self.options.verify,
@@ -180,7 +180,8 @@ class CheckpointManager:
         Raises Preempted (a SystemExit with status 75) after the save that a SIGTERM or the time limit asked for.
         """
         before = self._running("step()")
-        if isinstance(step, bool) or not isinstance(step, int) or step < before.step:
+        step = counted(step)
+        if not before.step <= step < MOST_STEPS:
             raise UsageError(f"step({step!r}) after step({before.step}): steps are counted upwards", hint=_COUNT)
         boundary = self._boundary = Boundary.here(step, self.parts)
         self._loss = loss
@@ -201,7 +202,7 @@ class CheckpointManager:
         Right behind `step()` of the same step the random generators are put back to where they were then: an
         evaluation doesn't change what training goes on with, whether it was interrupted or not.
         """
-        before = self._running("record()")
+        before, step = self._running("record()"), counted(step)
         self._metrics.note(step, metrics, now=before.step)
         if step == before.step:
             rng.restore(before.rng)
@@ -338,17 +339,3 @@ def _one_process() -> None:
             f"CheckpointManager can't save {distributed.get_world_size()} processes yet",
             hint="train in one process; torch.distributed.checkpoint saves several, `lastgood import` reads it",
         )
-
-
-def _trains_what_is_saved(parts: Sequence[Part]) -> None:
-    """Raise UsageError for an optimizer whose parameters no part holds: they would come back as they were built."""
-    held = {id(tensor) for item in parts if isinstance(item, Model) for tensor in item.live.values()}
-    held |= {id(item.value) for item in parts if isinstance(item, Value)}
-    for item in parts:
-        if isinstance(item, Optimizer):
-            lost = sum(id(p) not in held for group in item.optimizer.param_groups for p in group["params"])
-            if lost:
-                raise UsageError(
-                    f"{item.name} trains {lost} parameters that belong to none of the parts, so they wouldn't be saved",
-                    hint="hand over every model that is trained: CheckpointManager(..., model=model, head=head)",
-                )

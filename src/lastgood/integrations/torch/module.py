@@ -71,10 +71,16 @@ class Model:
             tracked = self._tracked = tuple(live_tensors(self.module).values())
         return tuple(-1 if tensor.is_inference() else tensor._version for tensor in tracked)
 
+    def replaced(self) -> bool:
+        """Whether it has other tensors than those that the stamp is about."""
+        now = tuple(live_tensors(self.module).values())
+        return len(now) != len(self._tracked) or any(a is not b for a, b in zip(now, self._tracked, strict=True))
+
     # ---- writing -------------------------------------------------------------------------
 
     def write(self, out: Writing) -> None:
         live = live_tensors(self.module)
+        self._tracked = tuple(live.values())
         files, about = self._files(out, live)
         digests, extras = self._coverage.extras(self.module, live, files)
         if extras:
@@ -135,7 +141,7 @@ class Model:
     def prepare(self, source: Reading) -> Ready | None:
         digests = source.saved.digests
         about = digests if self.name == "model" else digests.get("modules", {}).get(self.name)
-        if about is None or not about.get("tensors"):
+        if about is None or not (about.get("tensors") or "files" in about):
             source.lacks(self.name)
             return None
         files = about.get("files")

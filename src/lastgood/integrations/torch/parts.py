@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from lastgood.errors import Incompatible, UsageError, wrong_type
+from lastgood.errors import Incompatible, NotSupported, UsageError, wrong_type
 from lastgood.integrations.torch.exchange import Part, Reading, Ready, Writing
 from lastgood.integrations.torch.loader import Data, followable
 from lastgood.integrations.torch.module import Model
@@ -81,6 +81,13 @@ class Optimizer:
     def write(self, out: Writing) -> None:
         if out.full:
             values, tensors = optimizers.capture(self.optimizer, out.live, self._prefix)
+            lost = [name for group in values["groups"] for name in group["names"] if name not in out.live]
+            if lost:
+                raise NotSupported(
+                    f"{self.name} trains {len(lost)} parameters that belong to none of the parts any more",
+                    hint="a parameter that is replaced or added goes into the model and, by a new optimizer or"
+                    " add_param_group, into the optimizer",
+                )
             out.put(self.name, values)
             out.tensors |= tensors
 
@@ -89,7 +96,8 @@ class Optimizer:
         if saved is None:
             return None
         if not source.match.exact:
-            saved = optimizers.renamed(self.optimizer, source.live, saved, source.match)
+            models = [name for name in source.saved.digests.get("modules", {}) if name != "model"]
+            saved = optimizers.renamed(self.optimizer, source.live, saved, source.match, models)
         optimizers.fits(self.optimizer, source.live, saved)
         own = tuple(self._prefix + word for word in ("state.", "group.", "rest"))
         tensors = {name: tensor for name, tensor in source.saved.tensors.items() if name.startswith(own)}
@@ -133,7 +141,10 @@ class Stateful:
         return 0
 
     def stamp(self) -> Stamp | None:
-        return leaves(self.thing.state_dict())
+        try:
+            return leaves(self.thing.state_dict())
+        except Exception:  # the user's own code: a save will tell of it, no step has to fail for it
+            return None
 
 
 @dataclass(slots=True)
@@ -213,6 +224,9 @@ class Value:
                 hint=f"hand over the same kind of object, or allow_missing=[{self.name!r}]",
             )
 
+        if isinstance(self.value, np.ndarray) and not self.value.flags.writeable:
+            raise Incompatible(f"{self.name} is read-only here", hint="hand over a copy: array.copy()")
+
         def ready() -> str:
             if isinstance(self.value, torch.Tensor):
                 with torch.no_grad():
@@ -266,3 +280,17 @@ def _copies(source: Reading, name: str) -> dict[str, torch.Tensor]:
 def _what(value: Any) -> str:
     shape = getattr(value, "shape", None)
     return type(value).__name__ if shape is None else f"{type(value).__name__} of shape {tuple(shape)}"
+
+
+def trains_what_is_saved(parts: Sequence[Part]) -> None:
+    """Raise UsageError for an optimizer whose parameters no part holds: they would come back as they were built."""
+    held = {id(tensor) for item in parts if isinstance(item, Model) for tensor in item.live.values()}
+    held |= {id(item.value) for item in parts if isinstance(item, Value)}
+    for item in parts:
+        if isinstance(item, Optimizer):
+            lost = sum(id(p) not in held for group in item.optimizer.param_groups for p in group["params"])
+            if lost:
+                raise UsageError(
+                    f"{item.name} trains {lost} parameters that belong to none of the parts, so they wouldn't be saved",
+                    hint="hand over every model that is trained: CheckpointManager(..., model=model, head=head)",
+                )

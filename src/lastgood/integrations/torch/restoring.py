@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lastgood.errors import CorruptCheckpoint, IncompleteRestore, NotSupported
+from lastgood.errors import CorruptCheckpoint, Incompatible, IncompleteRestore, NotSupported
 from lastgood.integrations.torch import writing
-from lastgood.integrations.torch.exchange import STANDARD, Reading
+from lastgood.integrations.torch.exchange import STANDARD, Part, Reading, Ready
 from lastgood.integrations.torch.module import Model
 from lastgood.model import Record
 from lastgood.repo import journal
@@ -48,7 +48,7 @@ def restore(manager: CheckpointManager, target: Target, match: Match) -> tuple[R
     if states is not None:
         source.once = Once(states)
     _nothing_left_over(manager, saved)
-    ready = [(part, part.prepare(source)) for part in manager.parts]
+    ready = [(part, _prepared(part, source)) for part in manager.parts]
     restored: list[tuple[str, str]] = []
     if target.own:
         manager._run.begin_from(record)
@@ -82,6 +82,17 @@ def restore(manager: CheckpointManager, target: Target, match: Match) -> tuple[R
         notes=(*target.notes, *(() if target.own else ("another run's checkpoint: its state goes on as a new run",))),
     )
     return report, step
+
+
+def _prepared(part: Part, source: Reading) -> Ready | None:
+    """What doesn't fit begins afresh where it may be missing."""
+    try:
+        return part.prepare(source)
+    except Incompatible:
+        if part.name not in source.allow:
+            raise
+        source.missing.append(part.name)
+        return None
 
 
 def _applied(name: str, apply: Any, record: Record) -> str:
