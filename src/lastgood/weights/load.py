@@ -26,8 +26,8 @@ def load(
 
     told: of tensors.json `aliases` (further name -> name that is stored; they share one tensor, as tied ones do),
     `transient` (names that are in no state dict) and `extra_state` (what modules handed over beside tensors).
-    device: as torch has it (None: the CPU). dtype: a torch.dtype or its name, for floating tensors (None: as they were saved).
-    Raises CorruptCheckpoint for a file that isn't what was saved.
+    device: as torch has it (None: the CPU). dtype: a torch.dtype or its name, for floating tensors (None: as they
+    were saved). Raises CorruptCheckpoint for a file that isn't what was saved.
     """
     wanted = _dtype(dtype)
     found: dict[str, Any] = {}
