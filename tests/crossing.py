@@ -12,10 +12,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+from safetensors.torch import load_file, save_file
+from transformers import Trainer
+
 import lastgood
 
 import forked
-from training import Case, outcome, train
+from training import Case, KillAt, outcome
 
 CASES = {
     "full": Case("full", evaluate=True, noise="torch python numpy"),
@@ -27,9 +30,11 @@ def write(root: Path) -> None:
     root.mkdir(parents=True)
     for name, case in CASES.items():
         log = root / f"{name}.log"
+        base = root / f"{name}-base.safetensors"
         with tempfile.TemporaryDirectory() as scratch:
-            assert forked.run(train, case, Path(scratch) / "a", root / f"{name}.json", log=log) == 0, log.read_text()
-        assert forked.run(train, case, root / name, root / "x", kill=5, log=log) == -9, log.read_text()
+            whole = Path(scratch) / "a"
+            assert forked.run(_train, case, base, whole, root / f"{name}.json", log=log) == 0, log.read_text()
+        assert forked.run(_train, case, base, root / name, root / "x", 5, log=log) == -9, log.read_text()
 
 
 def read(root: Path) -> dict[str, str]:
@@ -41,14 +46,29 @@ def _read(root: Path, name: str, case: Case) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         copy, result, log = Path(scratch) / "run", Path(scratch) / "r.json", Path(scratch) / "log"
         shutil.copytree(root / name, copy)
-        if forked.run(_go_on, case, copy, result, log=log) != 0:
+        if forked.run(_go_on, case, root / f"{name}-base.safetensors", copy, result, log=log) != 0:
             return log.read_text().strip().splitlines()[-1]
         same = json.loads(result.read_text()) == json.loads((root / f"{name}.json").read_text())
         return "exact" if same else "continues"
 
 
-def _go_on(case: Case, run: Path, result: Path) -> None:
-    trainer = lastgood.manage(case.trainer(run))
+def _trainer(case: Case, base: Path, run: Path, kill: int | None = None) -> Trainer:
+    """From one base in all versions: what a seed gives depends on how they draw it."""
+    trainer = case.trainer(run, *([] if kill is None else [KillAt(kill)]))
+    if not base.exists():
+        save_file({name: tensor.detach().clone() for name, tensor in trainer.model.named_parameters()}, base)
+    trainer.model.load_state_dict(load_file(base), strict=False)
+    return lastgood.manage(trainer)
+
+
+def _train(case: Case, base: Path, run: Path, result: Path, kill: int | None = None) -> None:
+    trainer = _trainer(case, base, run, kill)
+    trainer.train(resume_from_checkpoint="auto")
+    result.write_text(json.dumps(outcome(trainer)))
+
+
+def _go_on(case: Case, base: Path, run: Path, result: Path) -> None:
+    trainer = _trainer(case, base, run)
     trainer.train(resume_from_checkpoint="auto")
     report = trainer.resume_report  # type: ignore[attr-defined]
     parts = {part for part, _ in report.restored}

@@ -68,11 +68,12 @@ def holding(**tensors: Any) -> Recipe:
         ("sparse", lambda: torch.eye(3).to_sparse()),
         ("csr", lambda: torch.eye(3).to_sparse_csr()),
         ("wide", lambda: torch.zeros(2, dtype=torch.complex128)),
+        ("quantised", lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)),
         ("nested", lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)),
         ("far", lambda: torch.empty(3, device="meta")),
     ],
 )
-@pytest.mark.filterwarnings("ignore:.*nested tensors.*", "ignore:.*Sparse.*", "ignore:.*sparse.*")
+@pytest.mark.filterwarnings("ignore:.*nested tensors.*", "ignore:.*[Ss]parse.*", "ignore:.*[Qq]uanti.*")
 def test_I8_a_tensor_that_would_not_come_back_is_refused_by_name(what: str, make: Any, tmp_path: Path) -> None:
     recipe = holding(**{what: make()})
     with pytest.raises(NotSupported, match=what):
@@ -194,6 +195,23 @@ def test_the_command_line_reads_a_loop_s_run(tmp_path: Path) -> None:
     assert code == 0 and sorted(p.name for p in (tmp_path / "plain").iterdir()) == [
         "critic.safetensors", "generator.safetensors",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["tied", "every kind of tensor", "extra state", "averages of weights"])
+def test_what_load_gives_a_state_dict_takes(name: str, tmp_path: Path) -> None:
+    recipe = loops.seeded(name)
+    trained(tmp_path, recipe)
+    best = lastgood.open(tmp_path).latest()
+    fresh = loops.RECIPES[name]()
+    for part in [part for part in recipe.parts if isinstance(recipe.parts[part], nn.Module)]:
+        told = fresh.parts[part].load_state_dict(best.load(part))
+        assert not told.unexpected_keys and not told.missing_keys
+        expected = recipe.parts[part].state_dict()
+        for key, tensor in fresh.parts[part].state_dict().items():
+            if isinstance(tensor, torch.Tensor):
+                assert same_bits(tensor, expected[key]), key
+    if name == "extra state":
+        assert fresh.parts["model"].history == recipe.parts["model"].history
 
 
 # ---- what a restore refuses ----------------------------------------------------------------
@@ -429,6 +447,23 @@ def test_an_evaluation_changes_nothing_of_the_training(tmp_path: Path) -> None:
                     ckpt.record(step + 1, score=float(torch.rand(5).sum()))
         ends.append(loops.state(recipe))
     assert ends[0] == ends[1]
+
+
+def test_what_a_resume_will_cost_is_said_at_a_save_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lastgood.integrations.torch.loader.LONG", 0.0)
+    for kind, said in (("stream", 1), ("shuffled", 0)):
+        caplog.clear()
+        recipe = loops.loading(kind)
+        with lastgood.CheckpointManager(tmp_path / kind, save_steps=1, **recipe.parts) as ckpt:
+            start = ckpt.restore()
+            recipe.begin(ckpt)
+            for step in range(start, 3):
+                ckpt.step(step + 1, loss=recipe.step(step))
+        assert caplog.text.count("batches are loaded again") == said, caplog.text
+    facts = lastgood.open(tmp_path / "stream").latest().facts
+    assert "3 batches are loaded again" in facts["to_resume"]["dataloader"]  # type: ignore[index]
 
 
 def test_metrics_of_earlier_steps_and_launches_find_their_checkpoint(tmp_path: Path) -> None:

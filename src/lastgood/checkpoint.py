@@ -179,8 +179,8 @@ class Checkpoint:
         for floating tensors only. An adapter's checkpoint holds the adapter. Raises UsageError, NotSupported
         (an optimizer, pickled weights, no torch) or CorruptCheckpoint; then nothing was loaded.
         """
-        names = self._files_of(part)
-        return self._read(names, self._aliases(part), device, dtype)
+        told = self._told(part)
+        return self._read(self._files_of(part, told), told, device, dtype)
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor by the name it is stored under, in any of the files: an optimizer's too (`state.NAME.exp_avg`).
@@ -188,13 +188,13 @@ class Checkpoint:
         Raises UsageError where no file has it, otherwise as `load`.
         """
         self._readable()
-        stored = self._aliases("").get(name, name)
+        stored = self._told("")["aliases"].get(name, name)
         for file in sorted(self.files):
             if file.endswith(".safetensors") and stored in read_header(self.path / file).slots:
-                return self._read([file], {}, None, None)[stored]
+                return self._read([file], {"aliases": {}}, None, None)[stored]
         raise UsageError(f"{self.name} has no tensor {name!r}", hint="`lastgood show --tensors` lists them")
 
-    def _read(self, names: list[str], aliases: Mapping[str, str], device: Any, dtype: Any) -> dict[str, torch.Tensor]:
+    def _read(self, names: list[str], told: Mapping[str, Any], device: Any, dtype: Any) -> dict[str, torch.Tensor]:
         try:
             from lastgood.weights.load import load
         except ModuleNotFoundError as error:
@@ -202,7 +202,7 @@ class Checkpoint:
                 raise
             raise NotSupported("tensors need torch, which isn't installed", hint="pip install torch") from None
         files = [(self.path / name, self.files[name]) for name in names]
-        return load(files, aliases, device=device, dtype=dtype)
+        return load(files, told, device=device, dtype=dtype)
 
     def _readable(self) -> None:
         if self.manifest is None:
@@ -213,7 +213,7 @@ class Checkpoint:
         if self.state == "incomplete":
             raise CorruptCheckpoint(f"{self.name} is incomplete: {self.problem}", hint="use another one")
 
-    def _files_of(self, part: str) -> list[str]:
+    def _files_of(self, part: str, told: Mapping[str, Any]) -> list[str]:
         """In the order in which they are read."""
         self._readable()
         if part in ("optimizer", "progress"):
@@ -226,6 +226,9 @@ class Checkpoint:
         weights = [name for name in tensors if name.split("-0")[0].removesuffix(".safetensors") in WEIGHTS]
         if part == "model" and weights:
             return weights + [name for name in model if name == EXTRA]
+        own = told.get("files")
+        if isinstance(own, list) and own and all(name in self.files for name in own):
+            return own
         if f"{part}.safetensors" in tensors:
             return [f"{part}.safetensors"]
         if part == "model" and any(name.endswith((".bin", ".pt", ".pth")) for name in self.parts.get("model", ())):
@@ -237,20 +240,22 @@ class Checkpoint:
         there = ", ".join(filter(None, ["model" if weights else "", known])) or "none that is tensors"
         raise UsageError(f"{self.name} has no part {part!r}", hint=f"its parts: {there}")
 
-    def _aliases(self, part: str) -> dict[str, str]:
-        """Further name -> stored name, of the tied tensors of a model."""
+    def _told(self, part: str) -> dict[str, Any]:
+        """What tensors.json says of a model (FORMAT.md); `aliases`: further name -> stored name, of tied tensors."""
         entry = self.files.get(NAMES)
         if entry is None:
-            return {}
+            return {"aliases": {}}
         try:
             data, is_now = local.content(self.path / NAMES)
-            told = loads(bytes(data))
-            known = (told if part in ("", "model") else told.get("modules", {}).get(part, {})).get("aliases", {})
+            whole = loads(bytes(data))
+            told = whole if part in ("", "model") else whole.get("modules", {}).get(part, {})
+            known = told.get("aliases", {})
         except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise CorruptCheckpoint(f"{self.path / NAMES} can't be read: {error}") from error
         if is_now != entry:
             raise CorruptCheckpoint(f"the content of {self.path / NAMES} is not what was saved (hash differs)")
-        return {str(name): str(target) for name, target in known.items()} if isinstance(known, dict) else {}
+        aliases = {str(name): str(target) for name, target in known.items()} if isinstance(known, dict) else {}
+        return {**told, "aliases": aliases}
 
     # ---- what others add -----------------------------------------------------------------
 

@@ -173,8 +173,8 @@ def settled(record: Record, keep: Keep) -> bool:
 
 def at_step(records: Sequence[Record], step: int) -> tuple[Record, ...]:
     """What "the checkpoint of this step" means: the newest on the current branch, else those of branches left."""
-    own = sorted((r for r in records if r.ours and r.current and r.step == step), key=lambda r: -r.seq)
-    return tuple(own or (r for r in records if r.ours and r.step == step))
+    here = sorted((r for r in records if r.ours and r.step == step), key=lambda r: -r.seq)
+    return tuple([r for r in here if r.current] or here)
 
 
 def decide(records: Sequence[Record], keep: Keep, *, protect: Collection[str] = ()) -> tuple[Decision, ...]:

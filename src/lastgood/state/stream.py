@@ -174,7 +174,7 @@ class Stream:
         if self.course.alive() is not None:
             raise UsageError(
                 "the loader is iterated already: its position can't be set any more",
-                hint="restore before iter(loader)",
+                hint="restore before iter(loader); after an earlier run in the same process, make a new loader",
             )
 
     def changes(self, value: JSON) -> list[Change]:

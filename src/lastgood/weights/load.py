@@ -11,6 +11,7 @@ import torch
 from lastgood.errors import CorruptCheckpoint, UsageError
 from lastgood.format.tensors import decode
 from lastgood.model import FileEntry
+from lastgood.state import tree
 from lastgood.state.tensors import from_bytes
 from lastgood.store import local
 
@@ -19,25 +20,28 @@ SCALED = ("float8", "float4")
 
 
 def load(
-    files: Sequence[tuple[Path, FileEntry]], aliases: Mapping[str, str], *, device: Any = None, dtype: Any = None
-) -> dict[str, torch.Tensor]:
+    files: Sequence[tuple[Path, FileEntry]], told: Mapping[str, Any], *, device: Any = None, dtype: Any = None
+) -> dict[str, Any]:
     """name -> tensor over all files; a later file's tensor wins. Needs memory for the files once.
 
-    aliases: further name -> name that is stored; they share one tensor, as tied ones do. device: as torch has it
-    (None: the CPU). dtype: a torch.dtype or its name, for floating tensors (None: as they were saved). Raises
-    CorruptCheckpoint for a file that isn't what was saved.
+    told: of tensors.json `aliases` (further name -> name that is stored; they share one tensor, as tied ones do),
+    `transient` (names that are in no state dict) and `extra_state` (what modules handed over beside tensors).
+    device: as torch has it (None: the CPU). dtype: a torch.dtype or its name, for floating tensors (None: as they
+    were saved). Raises CorruptCheckpoint for a file that isn't what was saved.
     """
     wanted = _dtype(dtype)
-    found: dict[str, torch.Tensor] = {}
+    found: dict[str, Any] = {}
     for path, entry in files:
         for name, stored in decode(path, _verified(path, entry)).items():
             tensor = from_bytes(stored)
             kind = wanted if wanted is not None and _plain(tensor) else tensor.dtype
             found[name] = tensor.to(device=device, dtype=kind)
-    for name, target in aliases.items():
+    for name, target in told["aliases"].items():
         if target in found and name not in found:
             found[name] = found[target]
-    return found
+    extra = {name: tree.decode(value, found) for name, value in told.get("extra_state", {}).items()}
+    rest = (*told.get("transient", ()), *(name for name in found if name.startswith(tuple(f"{key}." for key in extra))))
+    return {name: tensor for name, tensor in found.items() if name not in rest} | extra
 
 
 def _verified(path: Path, entry: FileEntry) -> bytearray:

@@ -13,12 +13,17 @@ from lastgood.state import rng
 from lastgood.state.cost import Cost
 from lastgood.state.position import Mark
 from lastgood.state.stream import Stream, follow
+from lastgood.talk import warn
 
 
 def followable(thing: Any) -> bool:
     """Whether it is iterated for batches and can be followed: a DataLoader, or an iterable with a state of its own."""
     stateful = hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")
     return isinstance(thing, (Stream, torch.utils.data.DataLoader)) or (hasattr(thing, "__iter__") and stateful)
+
+
+LONG = 60.0
+"""Seconds of reading again, before a resume, that somebody should know of beforehand."""
 
 
 @dataclass(slots=True)
@@ -28,6 +33,7 @@ class Data:
     name: str
     stream: Stream
     at: Mark
+    told: bool = False
 
     @classmethod
     def of(cls, name: str, loader: Any) -> Data:
@@ -81,8 +87,12 @@ class Data:
         return ready
 
     def cost(self) -> Cost:
-        """What a resume from the last step would cost."""
-        return self.stream.cost(self.at)
+        """What a resume from the last step would cost; said once, where that is long."""
+        cost = self.stream.cost(self.at)
+        if not self.told and (cost.seconds or 0.0) > LONG:
+            self.told = True
+            warn(f"{self.name}: a resume from here has work to do first: {cost} (docs/data.md says how to avoid it)")
+        return cost
 
     def estimate(self) -> int:
         return 0

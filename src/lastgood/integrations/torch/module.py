@@ -88,7 +88,8 @@ class Model:
         for file in files:
             out.staging.tensors(file.name, "model", named(file.tensors), file.metadata)
         about |= {"tensors": digests, "files": [file.name for file in files]}
-        about["unstored"] = sorted(weights.computed(self.module) & set(digests) - set(extras))
+        computed = weights.computed(self.module) & set(digests)
+        about["unstored"], about["transient"] = sorted(computed - set(extras)), sorted(computed & set(extras))
         if self.name == "model":
             out.digests.update(about)
         else:

@@ -60,9 +60,16 @@ def write(
         staging.tensors(file.name, "model", named(file.tensors), file.metadata)
     if beside:
         staging.tensors("extra.safetensors", "model", named(beside), TENSOR_METADATA)
-    unstored = sorted(computed(trainer.model) & set(digests) - set(beside))
+    made = computed(trainer.model) & set(digests)
+    unstored, transient = sorted(made - set(beside)), sorted(made & set(beside))
     tied = aliases(trainer.model, files)
-    about = {"format": 1, "tensors": digests, "unstored": unstored, **({"aliases": tied} if tied else {})}
+    about = {
+        "format": 1,
+        "tensors": digests,
+        "unstored": unstored,
+        "transient": transient,
+        **({"aliases": tied} if tied else {}),
+    }
     staging.data("tensors.json", "model", _json(about))
     for name in guard.NAMES:
         staging.data(name, "model", guard.content(name))
