@@ -93,7 +93,7 @@ def campaign(
             begun = _newest(out)
             out.with_name(f"{out.name}.phase").unlink(missing_ok=True)
             process = start(door, out, steps)
-            after = _kill(process, out, rng, straight) if tally.kills < times else 0.0
+            after = _kill(process, out, rng, straight, begun > 0) if tally.kills < times else 0.0
             status = _ended(process)
             restored = begun > 0 and _phase(out) == "training"
             tally.resumed += restored
@@ -130,14 +130,16 @@ def _straight(door: str, place: Path, start: Start, steps: int) -> Straight:
     _wait(process, lambda: _phase(out) == "training")
     restore = time.monotonic() - begun
     assert _ended(process) == 0, _tail(out)
+    # Some have a shorter way to say that nothing is left.
+    restore = max(restore, seconds / 20)
     return Straight(end, {step: found.pop() for step, found in losses.items()}, seconds, restore)
 
 
-def _kill(process: Process, out: Path, rng: random.Random, straight: Straight) -> float:
+def _kill(process: Process, out: Path, rng: random.Random, straight: Straight, restores: bool) -> float:
     """SIGKILL at a random moment; returns the seconds since its restore began. It may have ended before."""
     _wait(process, lambda: bool(_phase(out)))
     begun = time.monotonic()
-    aim = rng.choice(PLACES)
+    aim = rng.choice([place for place in PLACES if restores or place != "inside a restore"])
     wait = rng.uniform(0, straight.restore if aim == "inside a restore" else straight.seconds)
     _wait(process, lambda: time.monotonic() - begun >= wait)
     if aim == "inside a save":

@@ -26,7 +26,7 @@ LENGTH = 48
 
 def pieces() -> torch.Tensor:
     """The documentation of some modules as rows of bytes."""
-    names = ("argparse", "asyncio", "collections", "functools", "json", "logging", "pathlib", "random", "typing")
+    names = ("argparse", "json", "logging", "random")
     text = "\n".join(pydoc.plain(pydoc.render_doc(pkgutil.resolve_name(name))) for name in names)
     data = torch.tensor(list(text.encode()[:96_000]))
     return data[: len(data) // LENGTH * LENGTH].view(-1, LENGTH)

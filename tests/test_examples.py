@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 
 ROWS: dict[str, tuple[int, int]] = {
-    "accelerate_loop.py": (45, 31),
+    "accelerate_loop.py": (24, 22),
     "plain_loop.py": (30, 27),
     "two_models.py": (24, 37),
     "trainer.py": (16, 13),

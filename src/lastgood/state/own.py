@@ -66,6 +66,10 @@ class Own:
             if thing is not None and self._fits(thing, name, value):
                 thing.set_epoch(value) if name == "set_epoch()" else _set(thing, name, value)
 
+    def rewind(self, saved: State) -> None:
+        """Set them to what they were at a capture of this very loader, those that hadn't changed until then too."""
+        self.restore({**self._first, **saved})
+
     def lacking(self, saved: State) -> list[str]:
         """The places that this loader doesn't have, or has something else at."""
         split = [(key, *key.rpartition(".")[::2]) for key in saved]

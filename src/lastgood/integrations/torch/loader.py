@@ -65,6 +65,7 @@ class Data:
         if mark.here is None and course.alive() is None and self.stream.epoch != mark.epoch:
             tensors: dict[str, torch.Tensor] = {}
             self.stream.load(self.stream.encode(mark, tensors, self.name), tensors, then=rng.capture())
+            course.own.rewind(mark.own)
 
     def write(self, out: Writing) -> None:
         if out.full:
