@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import os
 import random
-import runpy
 import signal
 import socket
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +27,6 @@ from loops import Average, Net
 import forked
 from training import texts
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "accelerate_loop.py"
 pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*optimizer.step.*:UserWarning")
 
 ROWS = 14
@@ -392,27 +388,3 @@ def test_a_directory_of_save_state_is_left_alone_and_named(tmp_path: Path, caplo
     with ckpt, pytest.raises(NotSupported, match=r"accelerator\.load_state"):
         ckpt.restore(old)
     assert {path: path.read_bytes() for path in old.iterdir()} == before
-
-
-# ---- the example -------------------------------------------------------------------------------
-
-
-def example(out: Path) -> None:
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    torch.set_num_threads(1)
-    sys.argv = [str(EXAMPLE), str(out), "--steps", "45"]
-    runpy.run_path(str(EXAMPLE), run_name="__main__")
-
-
-def test_I1_I4_the_example_is_killed_and_ends_the_same(tmp_path: Path) -> None:
-    logs = [tmp_path / name for name in ("whole.log", "killed.log", "resumed.log")]
-    assert forked.run(example, tmp_path / "whole", log=logs[0]) == 0, logs[0].read_text()
-    child = forked.start(example, tmp_path / "run", log=logs[1])
-    limit = time.monotonic() + 120
-    while not (tmp_path / "run" / "checkpoint-20").exists() and time.monotonic() < limit:
-        time.sleep(0.005)
-    os.kill(child, signal.SIGKILL)
-    assert forked.wait(child) == -signal.SIGKILL, logs[1].read_text()
-    assert forked.run(example, tmp_path / "run", log=logs[2]) == 0, logs[2].read_text()
-    assert logs[2].read_text().splitlines()[-1] == logs[0].read_text().splitlines()[-1]

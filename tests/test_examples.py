@@ -25,7 +25,12 @@ from training import digest
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 
-ROWS: dict[str, tuple[int, int]] = {"plain_loop.py": (30, 27), "two_models.py": (24, 37), "trainer.py": (16, 13)}
+ROWS: dict[str, tuple[int, int]] = {
+    "accelerate_loop.py": (45, 31),
+    "plain_loop.py": (30, 27),
+    "two_models.py": (24, 37),
+    "trainer.py": (16, 13),
+}
 """example -> its steps, and the update of an optimizer behind which it is killed."""
 
 
@@ -70,6 +75,7 @@ def files(run: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module", autouse=True)
 def imported() -> None:
     """What the examples import, and what torch imports with the first optimizer: once, for all processes."""
+    import accelerate  # noqa: F401
     import peft  # noqa: F401
     import transformers.trainer  # noqa: F401
 

@@ -341,3 +341,32 @@ def test_I4_every_optimizer_goes_on_as_it_was(name: str, tmp_path: Path) -> None
     expected = to("whole", 5)
     to("run", 3)
     assert to("run", 5) == expected
+
+
+# ---- an evaluation behind a save ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["record", "apart"])
+def test_I4_an_evaluation_that_a_resume_leaves_out_leaves_its_loader_alone(how: str, tmp_path: Path) -> None:
+    """The checkpoint is older than the evaluation of its step; that is not made again."""
+
+    def to(root: str, upto: int) -> list[float]:
+        torch.manual_seed(1)
+        recipe = simple(Net())
+        own = torch.Generator().manual_seed(5)
+        recipe.parts["evals"] = torch.utils.data.DataLoader(recipe.rows, batch_size=24, shuffle=True, generator=own)
+        scores = []
+        with manager(tmp_path / root, recipe) as ckpt:
+            for step in range(ckpt.restore(), upto):
+                ckpt.step(step + 1, loss=recipe.step(step))
+                score = float([*recipe.parts["evals"]][0].double().mean())
+                if how == "apart":
+                    with ckpt.apart():
+                        list(recipe.parts["evals"])
+                ckpt.record(step + 1, score=score)
+                scores.append(score)
+        return [*scores, float(recipe.parts["model"].head.weight.detach().double().sum())]
+
+    expected = to("whole", 4)
+    to("run", 2)
+    assert to("run", 4) == expected[2:]

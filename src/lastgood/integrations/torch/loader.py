@@ -9,6 +9,7 @@ import torch
 
 from lastgood.integrations.torch.exchange import Reading, Ready, Writing
 from lastgood.integrations.torch.stamp import Stamp
+from lastgood.state import rng
 from lastgood.state.cost import Cost
 from lastgood.state.position import Mark
 from lastgood.state.stream import Stream, follow
@@ -51,6 +52,19 @@ class Data:
     def mark(self) -> None:
         """A step is complete."""
         self.at = self.stream.mark()
+
+    def rewind(self, mark: Mark) -> None:
+        """Stand there again, between two iterations, if there were any since.
+
+        What an evaluation went through is not gone through again by a run that resumes behind it. Worker processes
+        that persist can't be put back.
+        """
+        course = self.stream.course
+        if not isinstance(self.stream.loader, torch.utils.data.DataLoader) or course.persistent:
+            return
+        if mark.here is None and course.alive() is None and self.stream.epoch != mark.epoch:
+            tensors: dict[str, torch.Tensor] = {}
+            self.stream.load(self.stream.encode(mark, tensors, self.name), tensors, then=rng.capture())
 
     def write(self, out: Writing) -> None:
         if out.full:

@@ -199,13 +199,15 @@ class CheckpointManager:
     def record(self, step: int, **metrics: Any) -> None:
         """Attach metrics to the checkpoint of this step, whenever they arrive; they decide which one is the best.
 
-        Right behind `step()` of the same step the random generators are put back to where they were then: an
-        evaluation doesn't change what training goes on with, whether it was interrupted or not.
+        Right behind `step()` of the same step generators, and loaders that were gone through since, are put back to
+        where they were then: an evaluation doesn't change what training goes on with, interrupted or not.
         """
         before, step = self._running("record()"), counted(step)
         self._metrics.note(step, metrics, now=before.step)
         if step == before.step:
             rng.restore(before.rng)
+            for item in self._loaders():
+                item.rewind(item.at)
             if self.options.save_best and step not in self._run.saved and self._metrics.best(metrics):
                 self._save(before, ("the best so far",))
             if self._occasions.stopping(step):
@@ -214,12 +216,14 @@ class CheckpointManager:
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """What is done inside leaves the random generators as they were: for an evaluation that records nothing."""
-        before = rng.capture()
+        """What is done inside leaves generators and loaders as they were: for an evaluation that records nothing."""
+        before, marks = rng.capture(), [(item, item.stream.mark()) for item in self._loaders()]
         try:
             yield
         finally:
             rng.restore(before)
+            for item, mark in marks:
+                item.rewind(mark)
 
     def save(self, why: str = "asked for by the program") -> Record | None:
         """Save the state behind the last `step()` now, unless it is saved already; None if that failed.
@@ -245,7 +249,7 @@ class CheckpointManager:
     @property
     def epoch(self) -> float:
         """Epochs of the first loader that are complete, with the share of the one under way if its length is known."""
-        return next((item.epoch for item in self.parts if isinstance(item, Data)), 0.0)
+        return next((item.epoch for item in self._loaders()), 0.0)
 
     @property
     def run(self) -> Any:
@@ -262,6 +266,9 @@ class CheckpointManager:
         return found.record
 
     # ---- inside --------------------------------------------------------------------------
+
+    def _loaders(self) -> list[Data]:
+        return [item for item in self.parts if isinstance(item, Data)]
 
     def _not_finite(self) -> str:
         return next(filter(None, (not_finite(item.module) for item in self.parts if isinstance(item, Model))), "")
