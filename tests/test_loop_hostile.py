@@ -359,7 +359,8 @@ def test_I4_an_evaluation_that_a_resume_leaves_out_leaves_its_loader_alone(how: 
         with manager(tmp_path / root, recipe) as ckpt:
             for step in range(ckpt.restore(), upto):
                 ckpt.step(step + 1, loss=recipe.step(step))
-                score = float([*recipe.parts["evals"]][0].double().mean())
+                whole = list(recipe.parts["evals"])
+                score = float(whole[0].double().mean())
                 if how == "apart":
                     with ckpt.apart():
                         list(recipe.parts["evals"])
