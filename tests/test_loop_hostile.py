@@ -359,13 +359,8 @@ def test_I4_an_evaluation_that_a_resume_leaves_out_leaves_its_loader_alone(how: 
         with manager(tmp_path / root, recipe) as ckpt:
             for step in range(ckpt.restore(), upto):
                 ckpt.step(step + 1, loss=recipe.step(step))
-<<<<<<< HEAD
-                batches = list(recipe.parts["evals"])
-                score = float(batches[0].double().mean())
-=======
                 whole = list(recipe.parts["evals"])
                 score = float(whole[0].double().mean())
->>>>>>> f32a6e9c5ebfc452f7b5df44221c2da5d0c253b6
                 if how == "apart":
                     with ckpt.apart():
                         list(recipe.parts["evals"])
