@@ -387,6 +387,35 @@ def test_a_loop_s_own_error_saves_the_last_whole_step(tmp_path: Path, caplog: py
     assert "ValueError after step 5: saved as step 5" in caplog.text
 
 
+class Copying(loops.Average):
+    """Its state dict is made of copies, and takes its time."""
+
+    def state_dict(self) -> dict[str, Any]:
+        sum(range(3_000_000))
+        return {"shadow": {name: tensor.clone() for name, tensor in self.shadow.items()}}
+
+
+def test_of_a_state_that_costs_too_much_to_look_at_only_an_error_is_in_doubt(tmp_path: Path) -> None:
+    recipe = simple(nn.Sequential(nn.Embedding(256, 4), nn.Flatten(0, 1), nn.Linear(4, 256)))
+    recipe.loss = lambda model, rows: model(rows).square().mean()  # type: ignore[method-assign]
+    recipe.parts["average"] = Copying(recipe.parts["model"])
+
+    def loop(until: int, fail: int = -1) -> None:
+        with lastgood.CheckpointManager(tmp_path, save_steps=100, **recipe.parts) as ckpt:
+            for step in range(ckpt.restore(), until):
+                ckpt.step(step + 1, loss=recipe.step(step))
+                if step == 1:
+                    assert ckpt.save() is not None
+                if step == fail:
+                    raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        loop(5, fail=3)
+    assert [r.step for r in lastgood.open(tmp_path).checkpoints] == [2]
+    loop(5)
+    assert [r.step for r in lastgood.open(tmp_path).checkpoints] == [2, 5]
+
+
 def test_an_error_inside_an_update_saves_nothing_half_done(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     recipe = simple(Net())
 

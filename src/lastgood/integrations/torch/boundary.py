@@ -33,15 +33,17 @@ class Boundary:
                 part.mark()
         return cls(step, rng.capture(), {part.name: part.stamp() for part in parts})
 
-    def moved(self, parts: Sequence[Part]) -> list[str]:
-        """Names of the parts that changed since, or of which nobody can tell: with them the step is lost.
+    def moved(self, parts: Sequence[Part], *, sure: bool) -> list[str]:
+        """Names of the parts that changed since; sure: also of those of which nobody can tell.
 
         Random numbers that were drawn and batches that were fetched are known from the boundary itself.
         """
         now = {part.name: part.stamp() for part in parts}
         replaced = {part.name for part in parts if isinstance(part, Model) and part.replaced()}
         return [
-            name for name, before in self.stamps.items() if before is None or now[name] != before or name in replaced
+            name
+            for name, before in self.stamps.items()
+            if name in replaced or (sure if before is None or now[name] is None else now[name] != before)
         ]
 
 

@@ -147,7 +147,7 @@ class CheckpointManager:
         """Save the last step, where anything but `save()` saves at all, and give the run back."""
         if self._boundary is not None and self._run._lock is not None:
             if self.options.triggers.any or self.options.save_best:
-                self._save_last(self._boundary, "the end of the loop")
+                self._save_last(self._boundary, "the end of the loop", sure=False)
             self._recorder.flush()
             self._run.retain()
             self._run.close("finished")
@@ -231,7 +231,7 @@ class CheckpointManager:
         Raises UsageError where the parts have changed since: between two steps they fit together, elsewhere not.
         """
         boundary = self._running("save()")
-        moved = boundary.moved(self.parts)
+        moved = boundary.moved(self.parts, sure=False)
         if moved:
             raise UsageError(
                 f"save() after {', '.join(moved)} changed since step({boundary.step})",
@@ -321,15 +321,15 @@ class CheckpointManager:
         boundary = self._boundary
         if boundary is not None and self._run._lock is not None:
             try:
-                self._save_last(boundary, f"{type(error).__name__} after step {boundary.step}")
+                self._save_last(boundary, f"{type(error).__name__} after step {boundary.step}", sure=True)
             except Exception as failed:
                 warn(f"step {boundary.step} could not be saved ({failed})")
 
-    def _save_last(self, boundary: Boundary, why: str) -> None:
-        """Save the last step behind which everything fits together, if it can be shown that it still does."""
+    def _save_last(self, boundary: Boundary, why: str, *, sure: bool) -> None:
+        """Save the last step behind which everything fits together, if it still does; sure: if that can be shown."""
         if boundary.step in self._run.saved or boundary.step <= self._began:
             return
-        moved = boundary.moved(self.parts)
+        moved = boundary.moved(self.parts, sure=sure)
         if moved:
             say(f"{why}: not saved, because {', '.join(moved)} changed since step {boundary.step}")
         elif self._save(boundary, (why,)) is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,9 @@ from lastgood.integrations.torch.module import Model
 from lastgood.integrations.torch.stamp import Stamp, leaves
 from lastgood.state import optimizer as optimizers
 from lastgood.state import tree
+
+LONG = 0.02
+"""Seconds of this thread that a look at a part may take at every step."""
 
 RESERVED = frozenset({"base_model", "data", "extra", "format", "group", "lastgood", "progress"}) | frozenset(
     {"rest", "resume", "rng", "state", "tensors"}
@@ -120,6 +124,7 @@ class Stateful:
 
     name: str
     thing: Any
+    _costly: bool = False
 
     def write(self, out: Writing) -> None:
         if out.full:
@@ -141,10 +146,15 @@ class Stateful:
         return 0
 
     def stamp(self) -> Stamp | None:
+        if self._costly:
+            return None
+        started = time.thread_time()
         try:
             return leaves(self.thing.state_dict())
         except Exception:  # the user's own code: a save will tell of it, no step has to fail for it
             return None
+        finally:
+            self._costly = time.thread_time() - started > LONG  # it copies: that is for saves, not for every step
 
 
 @dataclass(slots=True)

@@ -10,7 +10,22 @@ import torch
 MOST = 10_000
 """Values in one part's state that are compared; of a part with more it can't be shown that nothing changed."""
 
+FEW = 256
+"""Elements up to which a tensor's content is compared."""
+
 Stamp = tuple[Any, ...]
+
+
+def _content(tensor: torch.Tensor) -> bytes:
+    """Of a small one: a state dict may be made of new tensors each time."""
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        return b""
+    return bytes(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _memory(tensor: torch.Tensor) -> tuple[int, int]:
+    """Of any other; one on a device is never waited for."""
+    return tensor.data_ptr() if tensor.layout is torch.strided else id(tensor), version(tensor)[1]
 
 
 def version(tensor: torch.Tensor) -> tuple[int, int]:
@@ -27,7 +42,7 @@ def leaves(value: Any) -> Stamp | None:
         if len(found) > MOST:
             return None
         if isinstance(item, torch.Tensor):
-            found.append(item.sum().item() if item.numel() <= MOST and not item.is_meta else version(item))
+            found.append(_content(item) if item.device.type == "cpu" and item.numel() <= FEW else _memory(item))
         elif isinstance(item, Mapping):
             found += item.keys()
             waiting += item.values()
