@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import signal
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,20 @@ def realruns_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     kept = os.environ.get("REALRUNS_CACHE")
     base = tmp_path_factory.getbasetemp()
     return Path(kept) if kept else (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "realruns"
+
+
+@pytest.fixture
+def quick(tmp_path: Path) -> Iterator[Path]:
+    """A directory in memory, where there is such a place: for thousands of operations of which a process is killed.
+
+    What survives a kill is the same there as on a disk; only a loss of power would tell them apart.
+    """
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK) or shutil.disk_usage(memory).free < 1 << 28:
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture

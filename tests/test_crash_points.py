@@ -184,8 +184,8 @@ THROUGH = 17
 
 @pytest.mark.parametrize("when", ["before", "after", "torn"])
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.__name__)
-def test_I1_I3_I4_I10_I13_killed_at_every_call(operation: Callable[[Path], None], when: str, tmp_path: Path) -> None:
-    original = tmp_path / "original"
+def test_I1_I3_I4_I10_I13_killed_at_every_call(operation: Callable[[Path], None], when: str, quick: Path) -> None:
+    original = quick / "original"
     original.mkdir()
     if operation is not first_save:
         prepared(original)
@@ -193,7 +193,7 @@ def test_I1_I3_I4_I10_I13_killed_at_every_call(operation: Callable[[Path], None]
     point, status, kills = 0, 0, 0
     while status != THROUGH:
         point += 1
-        root = tmp_path / "run"
+        root = quick / "run"
         shutil.rmtree(root, ignore_errors=True)
         shutil.copytree(original, root)
 
@@ -203,9 +203,9 @@ def test_I1_I3_I4_I10_I13_killed_at_every_call(operation: Callable[[Path], None]
             if count[0] < point:
                 raise SystemExit(THROUGH)
 
-        status = forked.run(child, log=tmp_path / "log")
+        status = forked.run(child, log=quick / "log")
         # 0: the call that was to be the last one failed by itself (a file that isn't there), nothing was cut short.
-        assert status in (-signal.SIGKILL, 0, THROUGH), (tmp_path / "log").read_text()
+        assert status in (-signal.SIGKILL, 0, THROUGH), (quick / "log").read_text()
         kills += status == -signal.SIGKILL
         check(root, before, ALLOWED.get(operation.__name__, set()), FLOOR.get(operation.__name__, 3))
         again = manager(root)
@@ -220,15 +220,15 @@ def test_I1_I3_I4_I10_I13_killed_at_every_call(operation: Callable[[Path], None]
     "number", [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS, errno.EMFILE], ids=errno.errorcode.get
 )
 @pytest.mark.parametrize("sticky", [False, True], ids=["once", "from then on"])
-def test_I3_I5_I19_an_error_at_every_call_of_a_save(number: int, sticky: bool, tmp_path: Path) -> None:
-    original = tmp_path / "original"
+def test_I3_I5_I19_an_error_at_every_call_of_a_save(number: int, sticky: bool, quick: Path) -> None:
+    original = quick / "original"
     original.mkdir()
     prepared(original)
     before = contents(original)
     point, failed = 0, 0
     while True:
         point += 1
-        root = tmp_path / "run"
+        root = quick / "run"
         shutil.rmtree(root, ignore_errors=True)
         shutil.copytree(original, root)
         made = manager(root)
