@@ -51,6 +51,11 @@ def _child(door: str, out: Path, steps: int) -> None:
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+        if "accelerate.state" in sys.modules:  # a life of its own: nothing of whoever started it
+            from accelerate.state import AcceleratorState, GradientState
+
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
         live(door, out, steps)
         status = 0
     except BaseException:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,7 +166,9 @@ def trl(name: str, place: str = "trl", **options: Any) -> Callable[..., Any]:
 
         from peft import LoraConfig
 
-        module = importlib.import_module(place)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # trl.experimental says what it is
+            module = importlib.import_module(place)
         built = model(kind, GPT2, **({"num_labels": 1} if "Sequence" in kind else {}))
         built.save_pretrained(out.parent / "base")
         built.config._name_or_path = str(out.parent / "base")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 
 import pytest
@@ -20,3 +21,20 @@ def test_I1_I4_killed_anywhere_it_ends_the_same(door: str, tmp_path: Path, monke
     assert not tally.faults
     assert tally.kills == 3
     assert tally.identical == tally.runs
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_run_that_is_complete_ends_the_same_when_it_is_launched_again(
+    door: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a kill between the last save and the end."""
+    imports()
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    out, ends = tmp_path / "run", []
+    for _ in range(2):
+        life = Forked(door, out, 4)
+        while life.poll() is None:
+            time.sleep(0.01)
+        assert life.poll() == 0, (tmp_path / "run.log").read_text()
+        ends.append((tmp_path / "run.end").read_text())
+    assert ends[0] == ends[1]

@@ -304,6 +304,9 @@ class Session:
     # ---- end -----------------------------------------------------------------------------
 
     def close(self, event: str) -> None:
+        if self.landing is not None and event == "finished":
+            # Nothing was left to train, so nothing was fetched: whoever goes on behind it has the run's own generators.
+            rng.restore(rng.decode(self.landing.saved["rng"]))
         self.training = False
         self.manager.close(event)
 
