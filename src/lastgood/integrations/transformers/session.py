@@ -211,6 +211,12 @@ class Session:
         window, self.window = self.window, None
         return loss if window is None else loss + window
 
+    def restore_generators(self, *, evaluated: bool) -> None:
+        """Of a run that is complete: no epoch begins that would do it. evaluated: the evaluation of its end is done."""
+        assert self.source is not None
+        later = after.read(self.live.root, self.source.record.id) if evaluated else None
+        rng.restore(rng.decode((later or self.source.resume)["rng"]))
+
     def _report(self) -> None:
         target, source = self.target, self.source
         assert target is not None
