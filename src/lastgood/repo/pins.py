@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lastgood.errors import CorruptCheckpoint, RunLocked, UsageError
 from lastgood.repo.layout import hidden
@@ -40,17 +41,24 @@ def check_name(name: str) -> str:
 
 def read(root: Path) -> dict[str, tuple[str, ...]]:
     """checkpoint id -> its names. Raises ValueError for a file that isn't readable: pins must not vanish silently."""
+    return {id: tuple(str(name) for name in names) for id, names in table(root, NAME, list).items()}
+
+
+def table(root: Path, file: str, kind: type[Any]) -> dict[str, Any]:
+    """checkpoint id -> a value of this kind, from a file in `.lastgood`; {} if there is none.
+
+    Raises ValueError or OSError for one that isn't readable: what somebody said of a checkpoint must not be forgotten.
+    """
+    path = hidden(root, file)
     try:
-        data = local.read(hidden(root, NAME), 16 << 20)
+        value = json.loads(local.read(path, 16 << 20))
     except FileNotFoundError:
         return {}
-    try:
-        value = json.loads(data)
     except RecursionError as error:
-        raise ValueError(f"{hidden(root, NAME)} is nested too deeply") from error
-    if not isinstance(value, dict) or not all(isinstance(names, list) for names in value.values()):
-        raise ValueError(f"{hidden(root, NAME)} isn't valid")
-    return {str(id): tuple(str(name) for name in names) for id, names in value.items()}
+        raise ValueError(f"{path} is nested too deeply") from error
+    if not isinstance(value, dict) or not all(isinstance(entry, kind) for entry in value.values()):
+        raise ValueError(f"{path} isn't valid")
+    return value
 
 
 def readable(root: Path) -> dict[str, tuple[str, ...]]:

@@ -23,17 +23,7 @@ FACT = "poisoned"
 
 def read(root: Path) -> dict[str, str]:
     """checkpoint id -> reason. Raises ValueError or OSError for a file that isn't readable."""
-    try:
-        data = local.read(hidden(root, NAME), 16 << 20)
-    except FileNotFoundError:
-        return {}
-    try:
-        value = json.loads(data)
-    except RecursionError as error:
-        raise ValueError(f"{hidden(root, NAME)} is nested too deeply") from error
-    if not isinstance(value, dict) or not all(isinstance(reason, str) for reason in value.values()):
-        raise ValueError(f"{hidden(root, NAME)} isn't valid")
-    return value
+    return pins.table(root, NAME, str)
 
 
 def marks(root: Path) -> Mapping[str, str]:

@@ -76,7 +76,7 @@ class Match:
         gone = sorted(pairs[name] for name in pairs.keys() - known if not _any(self.gone, pairs[name]))
         if new or gone:
             raise Incompatible(
-                f"{what} differs from the checkpoint (new: {_some(new)}; gone: {_some(gone)})",
+                f"{what} differs from the checkpoint (new: {some(new)}; gone: {some(gone)})",
                 hint="name what may differ: new=['head.*'], gone=['old.*'], rename={'encoder.*': 'backbone.*'}",
             )
         return {name: pairs[name] for name in pairs if name in known}
@@ -91,6 +91,8 @@ def _any(patterns: Sequence[str], name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _some(names: Sequence[str], limit: int = 8) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return (", ".join(names[:limit]) or "none") + more
+def some(names: Iterable[str], limit: int = 8) -> str:
+    """Up to `limit` names for a message."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
+    return (", ".join(ordered[:limit]) or "none") + more

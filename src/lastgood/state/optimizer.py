@@ -15,7 +15,7 @@ import torch
 
 from lastgood.errors import Incompatible
 from lastgood.state import tree
-from lastgood.state.match import Match
+from lastgood.state.match import Match, some
 from lastgood.state.tensors import same_bits
 
 
@@ -158,13 +158,6 @@ def _same_parameters(live: list[list[str]], saved: list[list[str]]) -> None:
         f"the optimizer's parameters differ from those in the checkpoint ({what})",
         hint="train the same parameters (frozen layers, LoRA targets), or allow_missing=['optimizer', 'scheduler']",
     )
-
-
-def some(names: Iterable[str], limit: int = 8) -> str:
-    """Up to `limit` names for a message."""
-    ordered = sorted(names)
-    more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
-    return (", ".join(ordered[:limit]) or "none") + more
 
 
 def _undo_casts(inner: torch.optim.Optimizer, state: Mapping[int, Any]) -> None:

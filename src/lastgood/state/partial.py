@@ -10,8 +10,7 @@ import torch
 from lastgood.errors import Incompatible, IncompleteRestore
 from lastgood.state.conversions import converted
 from lastgood.state.fingerprint import live_tensors
-from lastgood.state.match import Match
-from lastgood.state.optimizer import some
+from lastgood.state.match import Match, some
 from lastgood.state.tensors import digest, same_bits, signature
 from lastgood.state.weights import put
 

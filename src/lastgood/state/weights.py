@@ -21,7 +21,8 @@ import torch
 from lastgood.errors import Incompatible, IncompleteRestore
 from lastgood.state.conversions import converted
 from lastgood.state.fingerprint import Fingerprints, live_tensors
-from lastgood.state.optimizer import clean, some
+from lastgood.state.match import some
+from lastgood.state.optimizer import clean
 from lastgood.state.tensors import digest, same_bits, signature
 
 WRITERS = (

@@ -13,7 +13,7 @@ from lastgood.integrations.accelerate.prepared import identity, listed
 from lastgood.integrations.torch.exchange import Reading, Ready, Writing
 from lastgood.integrations.torch.stamp import Stamp, version
 from lastgood.state import tree
-from lastgood.state.optimizer import some
+from lastgood.state.match import some
 from lastgood.talk import warn
 
 

@@ -18,7 +18,7 @@ from lastgood.errors import IncompleteRestore
 from lastgood.format import tensors as safetensors
 from lastgood.state.conversions import converted
 from lastgood.state.fingerprint import live_tensors
-from lastgood.state.optimizer import some
+from lastgood.state.match import some
 from lastgood.state.tensors import digest, from_bytes
 
 
