@@ -86,22 +86,23 @@ class Held:
     path: Path
     lease: Lease
     done: threading.Event
+    turn: threading.RLock
+    """Whoever renews and whoever drops, one after the other: what was dropped doesn't come back, not even half."""
 
     def drop(self) -> None:
         """The checkpoint is let go of. What can't be removed now expires. In a forked process nothing happens."""
         if os.getpid() != self.lease.pid:
             return
         self.done.set()
-        with suppress(OSError):
+        with self.turn, suppress(OSError):
             local.unlink(self.path)
 
     def renew(self) -> None:
         """Raises OSError."""
-        if not self.done.is_set():
-            self.lease = _from_now(self.lease.seconds, self.lease.beat + 1)
-            local.replace(self.path, _content(self.lease))
-            if self.done.is_set():  # dropped meanwhile: it must not come back
-                local.unlink(self.path)
+        with self.turn:
+            if not self.done.is_set():
+                self.lease = _from_now(self.lease.seconds, self.lease.beat + 1)
+                local.replace(self.path, _content(self.lease))
 
     def go_on(self) -> None:
         """Renew it three times in its length; where that fails, the next time is soon enough."""
@@ -117,7 +118,7 @@ def take(root: Path, id: str, name: str, seconds: float) -> Held | None:
     check(seconds)
     local.make_dirs(hidden(root, FOLDER))
     path = hidden(root, FOLDER, f"{id}.{os.urandom(4).hex()}")
-    held = Held(path, _from_now(float(seconds), 0), threading.Event())
+    held = Held(path, _from_now(float(seconds), 0), threading.Event(), threading.RLock())
     with alone(root):  # nobody is between "nobody holds it" and its deletion
         local.replace(held.path, _content(held.lease))
         if id_at(root / name) != id:
