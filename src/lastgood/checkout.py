@@ -48,7 +48,7 @@ def copy(
     for name in names:
         entry = record.manifest.files[name]
         place = target / name
-        place.parent.mkdir(parents=True, exist_ok=True)
+        local.make_parents(place, target)
         copied = local.clone(source / name, place)
         if entry.blake3 and copied != entry:
             raise CorruptCheckpoint(

@@ -17,6 +17,7 @@ from lastgood.cli.verify import _progress
 from lastgood.errors import CorruptCheckpoint, NotSupported, UsageError
 from lastgood.model import Record
 from lastgood.repo import after
+from lastgood.store import local
 from lastgood.store.appear import appearing
 from lastgood.view import View, look
 
@@ -94,7 +95,7 @@ def _cast(staging: Path, dtype: str) -> None:
     for file in files:
         old = file.rename(file.with_suffix(".old"))
         cast(Weights.open([old]), dtype, file)
-        old.unlink()
+        local.unlink(old)
     config = staging / "config.json"
     if config.is_file():
         value: dict[str, Any] = json.loads(config.read_bytes())

@@ -14,6 +14,7 @@ from lastgood.cli.place import REV, new_place, pick, place, run_option
 from lastgood.convert.take import fits, sources, take, trained
 from lastgood.errors import CorruptCheckpoint, UsageError
 from lastgood.layouts import scan
+from lastgood.store import local
 from lastgood.view import look
 
 TOOLS = ("lightning", "accelerate", "dcp")
@@ -41,7 +42,7 @@ def import_(source: Path, run: Path, step: int | None, yes: bool) -> None:
         click.echo(f"IMPORT  {text.plain(item.path.name)}  {item.layout}, {units.size(item.size)}")
     if len(found) > 1:
         confirm(f"bring {len(found)} checkpoints into {text.plain(str(run))}?", yes)
-    run.mkdir(parents=True, exist_ok=True)
+    local.make_dirs(run)
     fits(run)
     with held(run, False):
         record = None

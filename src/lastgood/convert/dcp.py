@@ -14,6 +14,7 @@ from lastgood.errors import CorruptCheckpoint
 from lastgood.layouts import dcp
 from lastgood.layouts.dcp import Item
 from lastgood.state.tensors import DTYPE_OF
+from lastgood.store import local
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -74,8 +75,7 @@ def _whole(path: Path, name: str, code: str, shape: tuple[int, ...], items: list
 def _load(path: Path, item: Item) -> Any:
     where = f"{path / item.file} ({item.name})"
     try:
-        flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-        with os.fdopen(os.open(path / item.file, flags), "rb") as file:
+        with local.opened(path / item.file) as file:
             size = os.fstat(file.fileno()).st_size
             if item.begin + item.length > size:
                 raise CorruptCheckpoint(f"{where}: bytes {item.begin} to {item.begin + item.length} of {size}")

@@ -6,7 +6,6 @@ Every writer makes its target whole or not at all and returns, in words, what th
 from __future__ import annotations
 
 import json
-import shutil
 import warnings
 from collections import OrderedDict
 from importlib import metadata
@@ -56,7 +55,7 @@ def to_trainer(content: Content, target: Path) -> list[str]:
             torch.save(single, folder / "rng_state.pth")
         if STATE not in content.files:
             state = {"global_step": max(0, content.step), "epoch": content.epoch or 0.0, "log_history": []}
-            (folder / STATE).write_text(json.dumps(state, indent=2) + "\n")
+            local.write(folder / STATE, [f"{json.dumps(state, indent=2)}\n".encode()], sync=False)
     # Of ours these are in trainer_state.json, or follow from it.
     notes = _left(content, {"rng_ranks"} | ({"progress", "data", "callbacks"} if not content.layout else set()))
     notes += [f"no {what}: it starts afresh" for what, has in _resumed(content) if not has]
@@ -203,7 +202,7 @@ def to_dcp(content: Content, target: Path) -> list[str]:
 
 def _weights(content: Content, folder: Path) -> None:
     for name, tensors in weights.files(content).items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        local.make_parents(folder / name, folder)
         _safetensors(folder / name, tensors)
 
 
@@ -218,8 +217,8 @@ def _copy(content: Content, folder: Path) -> None:
             continue
         if local.size(source) is None:
             raise UsageError(f"{source} is not there any more")
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, folder / name)
+        local.make_parents(folder / name, folder)
+        local.clone(source, folder / name)
 
 
 def _left(content: Content, known: set[str]) -> list[str]:

@@ -21,6 +21,7 @@ from lastgood.errors import CorruptCheckpoint
 from lastgood.format import inert
 from lastgood.format.inert import Node
 from lastgood.format.tensors import SIZES
+from lastgood.store import local
 
 STORAGES = {
     "DoubleStorage": "F64",
@@ -177,8 +178,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _open(path: Path) -> io.BufferedReader:
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    return os.fdopen(os.open(path, flags), "rb")
+    return io.BufferedReader(local.opened(path))
 
 
 class _Part(io.RawIOBase):

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import msgspec
 
+from lastgood.store import local
+
 CHUNK = 4 << 20
 """Bytes that are looked at in one go; a multiple of every width."""
 SHARE = 64 << 10
@@ -97,7 +99,7 @@ def look(path: Path, stretches: Iterable[Stretch], budget: int | None) -> tuple[
     known = [stretch for stretch in stretches if stretch.dtype in _FORMS and stretch.end > stretch.begin]
     share = None if budget is None else max(SHARE, budget // max(1, len(known)))
     found, read = [], 0
-    with open(path, "rb", buffering=0) as file:
+    with local.opened(path) as file:
         for stretch in known:
             if budget is not None and read >= budget + SHARE:
                 break

@@ -6,6 +6,7 @@ length, JSON header, tensor data without holes in the order of their offsets.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import struct
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 from lastgood.errors import CorruptCheckpoint, UsageError
 from lastgood.format import strict
+from lastgood.store import local
 
 HEADER_LIMIT = 100 << 20
 """Largest header that is read (100 MB, as the library)."""
@@ -105,9 +107,8 @@ def encode(
 def read_header(path: Path) -> Header:
     """The header, checked: every byte of the file belongs to exactly one tensor. Raises CorruptCheckpoint."""
     try:
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
-        with os.fdopen(handle, "rb") as file:
-            length = os.fstat(handle).st_size
+        with io.BufferedReader(local.opened(path)) as file:
+            length = os.fstat(file.fileno()).st_size
             start = file.read(8)
             count = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             if not 2 <= count <= min(HEADER_LIMIT, max(0, length - 8)):
@@ -158,7 +159,7 @@ def load(path: Path) -> dict[str, Tensor]:
     length = max((slot.end for slot in header.slots.values()), default=0)
     buffer = bytearray(length)
     try:
-        with open(path, "rb", buffering=0) as file:
+        with local.opened(path) as file:
             view, at = memoryview(buffer), 0
             while at < length and (count := file.readinto(view[at:])):
                 at += count

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
+
+from lastgood.store import fs
 
 HIDDEN = ".lastgood"
 MANIFEST = "lastgood.json"
@@ -24,7 +25,7 @@ def is_checkpoint(path: Path) -> bool:
 
 def new_id() -> str:
     """16 hex digits that nobody else has."""
-    return os.urandom(8).hex()
+    return fs.system.token(8)
 
 
 def hidden(root: Path, *names: str) -> Path:

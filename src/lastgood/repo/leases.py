@@ -24,7 +24,7 @@ import msgspec
 from lastgood.errors import UsageError
 from lastgood.repo.layout import boot, hidden
 from lastgood.repo.read import id_at
-from lastgood.store import local
+from lastgood.store import fs, local
 
 if TYPE_CHECKING:
     import threading
@@ -117,7 +117,7 @@ def take(root: Path, id: str, name: str, seconds: float) -> Held | None:
 
     check(seconds)
     local.make_dirs(hidden(root, FOLDER))
-    path = hidden(root, FOLDER, f"{id}.{os.urandom(4).hex()}")
+    path = hidden(root, FOLDER, f"{id}.{fs.system.token(4)}")
     held = Held(path, _from_now(float(seconds), 0), threading.Event(), threading.RLock())
     with alone(root):  # nobody is between "nobody holds it" and its deletion
         local.replace(held.path, _content(held.lease))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import secrets
 import socket
 import sys
 import time
@@ -16,7 +15,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from lastgood.errors import RunLocked
 from lastgood.repo.layout import boot, hidden
-from lastgood.store import local
+from lastgood.store import fs, local
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 PATIENCE = 15.0
@@ -30,7 +29,7 @@ class RunLock:
         self._file = hidden(root, "lock")
         self._card = hidden(root, "lock.json")
         self._root = root
-        self._nonce = secrets.token_hex(8)
+        self._nonce = fs.system.token(8)
         self._lock = _file_lock(self._file)
 
     def acquire(self, *, takeover: bool = False, anonymous: bool = False) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lastgood.repo import journal
 from lastgood.repo.layout import hidden
-from lastgood.store import local
+from lastgood.store import fs, local
 
 SAVE, STOP = "save-now", "save-and-stop"
 PAUSE = 1.0
@@ -30,7 +30,7 @@ def ask(root: Path, *, stop: bool) -> None:
 def withdraw(root: Path, *, stop: bool) -> bool:
     """Take it back; False if it was taken by the run meanwhile."""
     try:
-        hidden(root, STOP if stop else SAVE).unlink()
+        fs.system.unlink(hidden(root, STOP if stop else SAVE))
     except OSError:
         return False
     return True
@@ -64,7 +64,7 @@ class Inbox:
 def _take(root: Path, name: str) -> bool:
     """Whether it was there; a request that can't be removed isn't one, or it would be met again and again."""
     try:
-        hidden(root, name).unlink()
+        fs.system.unlink(hidden(root, name))
     except OSError:
         return False
     return True

@@ -79,7 +79,7 @@ class Staging:
     def _write(self, name: str, part: str, write: Callable[[Path], FileEntry]) -> None:
         path = self.directory / name
         with explained(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            local.make_parents(path, self.directory)
             entry = write(path)
         self._add(name, part, entry)
 
@@ -95,7 +95,7 @@ def open_staging(root: Path) -> Staging:
     staging = Staging(root, new_id())
     with explained(staging.directory):
         local.make_dirs(staging.directory.parent)
-        staging.directory.mkdir()
+        local.make_dir(staging.directory, fresh=True)
     return staging
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lastgood.errors import NotEnoughSpace, SaveFailed, UsageError
-from lastgood.store import local
+from lastgood.store import fs, local
 
 
 @contextmanager
@@ -22,16 +21,16 @@ def appearing(target: Path, *, directory: bool = True) -> Iterator[Path]:
     if os.path.lexists(target) and (not directory or not target.is_dir() or local.names(target)):
         raise UsageError(f"{target} exists already: nothing is ever overwritten", hint="choose a name that is free")
     parent = target.absolute().parent
-    staging = parent / f".{target.name}.{secrets.token_hex(4)}"
+    staging = parent / f".{target.name}.{fs.system.token(4)}"
     try:
         local.make_dirs(parent)
         try:
             if directory:
-                staging.mkdir()
+                local.make_dir(staging, fresh=True)
             yield staging
             _sync(staging)
             if target.is_dir():
-                target.rmdir()  # it is empty
+                fs.system.rmdir(target)  # it is empty
             local.rename(staging, target)
         except BaseException:
             with suppress(OSError):

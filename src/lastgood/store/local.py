@@ -1,4 +1,4 @@
-"""Every file operation of lastgood, written once.
+"""Every file operation of lastgood, written once, on top of the calls in `fs`.
 
 Durable means: written to a file nobody sees yet, length checked, fsynced, renamed, and
 the directory fsynced. Files are opened without following links. Errors of fsync and
@@ -7,15 +7,18 @@ close are never swallowed and never retried: after one, nothing is known about t
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import stat
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from blake3 import blake3
 
 from lastgood.model import FileEntry
+from lastgood.store import fs
 
 BLOCK = 1 << 17
 """Bytes read at a time when a file is hashed (128 KiB): they stay in the cache of the processor."""
@@ -35,7 +38,7 @@ def write(path: Path, chunks: Iterable[Buffer], *, sync: bool = True) -> FileEnt
     sync: durable when this returns, but for its directory entry; otherwise `sync_files` has to follow.
     """
     hasher, total = blake3(), 0
-    handle = os.open(path, _NEW, 0o666)
+    handle = fs.system.open(path, _NEW)
     try:
         try:
             for chunk in chunks:
@@ -43,27 +46,27 @@ def write(path: Path, chunks: Iterable[Buffer], *, sync: bool = True) -> FileEnt
                 hasher.update(view)
                 total += len(view)
                 while view:
-                    view = view[os.write(handle, view) :]
+                    view = view[fs.system.write(handle, view) :]
             if os.fstat(handle).st_size != total:
                 raise OSError(5, "the file has another length than was written", os.fspath(path))
             if sync:
-                os.fsync(handle)
+                fs.system.sync(handle)
         finally:
-            os.close(handle)
+            fs.system.close(handle)
     except BaseException:
-        os.unlink(path)
+        fs.system.unlink(path)
         raise
     return FileEntry(size=total, blake3=hasher.hexdigest())
 
 
 def replace(path: Path, data: bytes) -> None:
     """Put `data` in the place of `path`, all or nothing, durably."""
-    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
+    temporary = path.with_name(f".{path.name}.{fs.system.token(4)}")
     write(temporary, [data])
     try:
-        os.replace(temporary, path)
+        fs.system.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        fs.system.unlink(temporary)
         raise
     sync_dir(path.parent)
 
@@ -75,30 +78,30 @@ def torn(name: str, of: Collection[str]) -> bool:
 
 def append(path: Path, data: bytes, *, sync: bool) -> None:
     """Add lines to the end in one write; a line before them that a crash tore doesn't spoil the first one."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | _SAFE, 0o666)
+    handle = fs.system.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | _SAFE)
     try:
         end = os.fstat(handle).st_size
         if end:
             os.lseek(handle, end - 1, os.SEEK_SET)
-            if os.read(handle, 1) != b"\n":
+            if fs.system.read(handle, 1) != b"\n":
                 data = b"\n" + data
-        written = os.write(handle, data)
+        written = fs.system.write(handle, data)
         if written != len(data):
             raise OSError(28, f"{written} of {len(data)} bytes written", os.fspath(path))
         if sync:
-            os.fsync(handle)
+            fs.system.sync(handle)
     finally:
-        os.close(handle)
+        fs.system.close(handle)
 
 
 def touch(path: Path) -> None:
     """Give a directory the time of now."""
-    os.utime(path)
+    fs.system.touch(path)
 
 
 def adopt(path: Path) -> FileEntry:
     """Size and hash of a file that a library wrote, which gets the mode that our own files have."""
-    os.chmod(path, 0o666 & ~_umask())
+    fs.system.chmod(path, 0o666 & ~_umask())
     return digest(path)
 
 
@@ -106,15 +109,20 @@ def sync_files(paths: Sequence[Path]) -> None:
     """Make the content of files durable. At the same time: a journaling file system then commits them together."""
 
     def sync(path: Path) -> None:
-        handle = os.open(path, os.O_RDWR | _SAFE)
+        handle = fs.system.open(path, os.O_RDWR | _SAFE)
         try:
-            os.fsync(handle)
+            fs.system.sync(handle)
         finally:
-            os.close(handle)
+            fs.system.close(handle)
+
+    if fs.system.workers == 1:
+        for path in paths:
+            sync(path)
+        return
 
     from concurrent.futures import ThreadPoolExecutor  # what only looks starts faster without
 
-    with ThreadPoolExecutor(max_workers=4) as pool:
+    with ThreadPoolExecutor(max_workers=fs.system.workers) as pool:
         list(pool.map(sync, paths))
 
 
@@ -122,11 +130,11 @@ def sync_dir(path: Path) -> None:
     """Make the names in a directory durable. Windows has no such call: there it rests on the file system."""
     if os.name == "nt":
         return
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC", 0))
+    handle = fs.system.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC", 0))
     try:
-        os.fsync(handle)
+        fs.system.sync(handle)
     finally:
-        os.close(handle)
+        fs.system.close(handle)
 
 
 def sync_tree(directory: Path, files: Sequence[str]) -> None:
@@ -145,27 +153,42 @@ def make_dirs(path: Path) -> None:
         missing.append(at)
         at = at.parent
     for directory in reversed(missing):
-        directory.mkdir(exist_ok=True)
+        make_dir(directory)
         sync_dir(directory.parent)
+
+
+def make_dir(path: Path, *, fresh: bool = False) -> None:
+    """One directory, whose name isn't durable yet. fresh: raises FileExistsError if it is there."""
+    try:
+        fs.system.mkdir(path)
+    except FileExistsError:
+        if fresh or not path.is_dir():
+            raise
+
+
+def make_parents(path: Path, within: Path) -> None:
+    """The directories between one that is there and a file in it; their names aren't durable yet."""
+    for folder in reversed(path.parents[: len(path.relative_to(within).parts) - 1]):
+        make_dir(folder)
 
 
 def rename(source: Path, target: Path) -> None:
     """Move to a name that must be free; the new name is durable when this returns. Raises FileExistsError."""
     if os.path.lexists(target):
         raise FileExistsError(17, "already exists", os.fspath(target))
-    os.rename(source, target)
+    fs.system.rename(source, target)
     sync_dir(target.parent)
 
 
 def vanish(source: Path, grave: Path) -> None:
     """Move what is to be deleted out of sight. After a power cut it may be back as a whole, which harms nobody."""
-    os.rename(source, grave)
+    fs.system.rename(source, grave)
 
 
 def names(path: Path) -> list[str]:
     """Names in a directory, sorted; [] if it isn't there."""
     try:
-        return sorted(os.listdir(path))
+        return sorted(fs.system.names(path))
     except (FileNotFoundError, NotADirectoryError):
         return []
 
@@ -181,43 +204,59 @@ def folders(path: Path) -> list[str]:
 
 def read(path: Path | str, limit: int) -> bytes:
     """A regular file of at most `limit` bytes; OSError otherwise."""
-    handle = os.open(path, _READ)
+    handle = fs.system.open(path, _READ)
     try:
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(22, "not a regular file", os.fspath(path))
-        if status.st_size > limit:
-            raise OSError(27, f"{status.st_size} bytes, more than the {limit} expected", os.fspath(path))
-        data = os.read(handle, status.st_size + 1)
-        while len(data) < status.st_size and (more := os.read(handle, status.st_size - len(data))):
+        size = _regular(handle, path)
+        if size > limit:
+            raise OSError(27, f"{size} bytes, more than the {limit} expected", os.fspath(path))
+        data = fs.system.read(handle, size + 1)
+        while len(data) < size and (more := fs.system.read(handle, size - len(data))):
             data += more  # one call reads at most 2 GiB
         return data
     finally:
-        os.close(handle)
+        fs.system.close(handle)
+
+
+def opened(path: Path | str) -> io.FileIO:
+    """A regular file to read from, unbuffered, without following a link or waiting for whoever writes to a FIFO."""
+    handle = fs.system.open(path, _READ)
+    try:
+        _regular(handle, path)
+        return io.FileIO(handle, "rb")
+    except BaseException:
+        fs.system.close(handle)
+        raise
 
 
 def content(path: Path) -> tuple[bytearray, FileEntry]:
     """All bytes of a regular file, writable, with the hash of just these bytes."""
     hasher, at = blake3(), 0
-    handle = os.open(path, _READ)
-    with os.fdopen(handle, "rb", buffering=0) as file:
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(22, "not a regular file", os.fspath(path))
-        buffer = bytearray(status.st_size)
+    handle = fs.system.open(path, _READ)
+    try:
+        buffer = bytearray(_regular(handle, path))
         view = memoryview(buffer)
-        while at < len(buffer) and (count := file.readinto(view[at : at + BLOCK])):
+        while at < len(buffer) and (count := fs.system.read_into(handle, view[at : at + BLOCK])):
             hasher.update(view[at : at + count])
             at += count
+    finally:
+        fs.system.close(handle)
     if at != len(buffer):
         raise OSError(5, f"only {at} of {len(buffer)} bytes could be read", os.fspath(path))
     return buffer, FileEntry(size=at, blake3=hasher.hexdigest())
 
 
+def _regular(handle: int, path: Path | str) -> int:
+    """Bytes of an open file. Raises OSError if it is anything else."""
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(22, "not a regular file", os.fspath(path))
+    return status.st_size
+
+
 def size(path: Path | str) -> int | None:
     """Bytes of a regular file; None for anything else, a link included."""
     try:
-        status = os.lstat(path)
+        status = fs.system.status(path)
     except (OSError, ValueError):
         return None
     return status.st_size if stat.S_ISREG(status.st_mode) else None
@@ -226,62 +265,60 @@ def size(path: Path | str) -> int | None:
 def digest(path: Path) -> FileEntry:
     """Size and hash of a regular file as it is on disk now."""
     hasher, total = blake3(), 0
-    handle = os.open(path, _READ)
-    with os.fdopen(handle, "rb", buffering=0) as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise OSError(22, "not a regular file", os.fspath(path))
-        buffer = bytearray(min(BLOCK, max(1, os.fstat(handle).st_size)))
-        view = memoryview(buffer)
-        while count := file.readinto(buffer):
+    handle = fs.system.open(path, _READ)
+    try:
+        view = memoryview(bytearray(min(BLOCK, max(1, _regular(handle, path)))))
+        while count := fs.system.read_into(handle, view):
             hasher.update(view[:count])
             total += count
+    finally:
+        fs.system.close(handle)
     return FileEntry(size=total, blake3=hasher.hexdigest())
-
-
-_FICLONE = 0x40049409
-"""ioctl(2) that shares the blocks of a file with another until one of them changes (linux/fs.h)."""
 
 
 def clone(source: Path, target: Path) -> FileEntry:
     """An independent copy of a regular file, sharing blocks where the file system can; size and hash of the copy."""
-    mode = os.lstat(source).st_mode
-    if not stat.S_ISREG(mode):
+    if not stat.S_ISREG(fs.system.status(source).st_mode):
         raise OSError(22, "not a regular file", os.fspath(source))
-    if _reflink(source, target):
+    if _shared(source, target):
         return digest(target)
-    with open(os.open(source, _READ), "rb", buffering=0) as file:
+    with opened(source) as file:
         return write(target, iter(lambda: file.read(BLOCK), b""), sync=False)
 
 
-def _reflink(source: Path, target: Path) -> bool:
+def _shared(source: Path, target: Path) -> bool:
+    """Whether the blocks could be shared; if not, there is no target."""
+    old = fs.system.open(source, _READ)
     try:
-        import fcntl
-    except ImportError:
-        return False
-    with open(os.open(source, _READ), "rb") as old, open(os.open(target, _NEW, 0o666), "wb") as new:
+        new = fs.system.open(target, _NEW)
         try:
-            fcntl.ioctl(new.fileno(), _FICLONE, old.fileno())
+            fs.system.clone(old, new)
             return True
-        except OSError:
+        except (OSError, ImportError):
             pass
-    os.unlink(target)
+        finally:
+            fs.system.close(new)
+    finally:
+        fs.system.close(old)
+    fs.system.unlink(target)
     return False
 
 
 def unlink(path: Path) -> None:
     """Remove a file if it is there."""
-    path.unlink(missing_ok=True)
+    with suppress(FileNotFoundError):
+        fs.system.unlink(path)
 
 
 def remove_tree(path: Path) -> None:
     """Remove a directory with all in it; links are removed, not followed."""
     with os.scandir(path) as entries:
-        for entry in list(entries):
+        for entry in sorted(entries, key=lambda entry: entry.name):
             if entry.is_dir(follow_symlinks=False):
                 remove_tree(Path(entry.path))
             else:
-                os.unlink(entry.path)
-    os.rmdir(path)
+                fs.system.unlink(entry.path)
+    fs.system.rmdir(path)
 
 
 def remove(path: Path) -> None:
@@ -294,12 +331,7 @@ def remove(path: Path) -> None:
 
 def free(path: Path) -> tuple[int, int]:
     """(bytes, inodes) that we may still use; inodes is -1 where the file system doesn't count them."""
-    if not hasattr(os, "statvfs"):
-        import shutil
-
-        return shutil.disk_usage(path).free, -1
-    status = os.statvfs(path)
-    return status.f_bavail * status.f_frsize, status.f_favail if status.f_files else -1
+    return fs.system.free(path)
 
 
 def _umask() -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from lastgood.errors import CorruptCheckpoint, NotSupported
 from lastgood.format.tensors import SIZES, Slot, read_header
 from lastgood.state.tensors import DTYPE_OF
+from lastgood.store import local
 
 BLOCK = 64 << 20
 """Most bytes of a tensor that are read at a time (64 MiB)."""
@@ -23,7 +23,6 @@ STEP = 1 << 19
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
 
-_READ = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 _PLAIN_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
@@ -84,8 +83,7 @@ class Weights:
         width = SIZES[slot.dtype]
         step = max(1, limit // width) * width
         try:
-            handle = os.open(path, _READ)
-            with os.fdopen(handle, "rb", buffering=0) as file:
+            with local.opened(path) as file:
                 file.seek(slot.begin)
                 for begin in range(slot.begin, slot.end, step):
                     buffer = torch.empty(min(step, slot.end - begin), dtype=torch.uint8)

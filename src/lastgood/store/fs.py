@@ -1,0 +1,130 @@
+"""The seam to the operating system: every call on files that lastgood makes goes through `system`.
+
+The real one does what `os` does. Another one can be put in its place, to make calls fail, to stop at one of
+them as a crash would, or to write down what a power cut could leave: see `lastgood.testing`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+AnyPath = str | os.PathLike[str]
+
+CLONE = 0x40049409
+"""ioctl(2) that shares the blocks of a file with another until one of them changes (FICLONE in linux/fs.h)."""
+
+
+class FileSystem:
+    """What the operating system does, call by call. Each raises OSError as `os` does.
+
+    Methods that change the disk are called by `lastgood.store.local` alone: one name here is one thing that can fail.
+    """
+
+    workers = 4
+    """Calls that may be under way at the same time."""
+
+    # ---- changing ------------------------------------------------------------------------
+
+    def open(self, path: AnyPath, flags: int, mode: int = 0o666) -> int:
+        """A descriptor; with O_CREAT it changes the disk, else it only looks."""
+        return os.open(path, flags, mode)
+
+    def write(self, handle: int, data: bytes | memoryview) -> int:
+        """Bytes written: maybe fewer than there are."""
+        return os.write(handle, data)
+
+    def sync(self, handle: int) -> None:
+        """Make a file's content, or a directory's names, durable."""
+        os.fsync(handle)
+
+    def close(self, handle: int) -> None:
+        """Some file systems report here that a write failed."""
+        os.close(handle)
+
+    def rename(self, source: AnyPath, target: AnyPath) -> None:
+        """Windows refuses a target that is there, the others replace it."""
+        os.rename(source, target)
+
+    def replace(self, source: AnyPath, target: AnyPath) -> None:
+        """A target that is there is replaced, everywhere."""
+        os.replace(source, target)
+
+    def unlink(self, path: AnyPath) -> None:
+        """Remove a file or a link."""
+        os.unlink(path)
+
+    def mkdir(self, path: AnyPath) -> None:
+        """Raises FileExistsError too."""
+        os.mkdir(path)
+
+    def rmdir(self, path: AnyPath) -> None:
+        """Remove an empty directory."""
+        os.rmdir(path)
+
+    def chmod(self, path: AnyPath, mode: int) -> None:
+        """Give a file its mode."""
+        os.chmod(path, mode)
+
+    def touch(self, path: AnyPath) -> None:
+        """Give it the time of now."""
+        os.utime(path)
+
+    def clone(self, source: int, target: int) -> None:
+        """Share the blocks of one open file with another (Linux, some file systems)."""
+        import fcntl
+
+        fcntl.ioctl(target, CLONE, source)
+
+    # ---- looking -------------------------------------------------------------------------
+
+    def read(self, handle: int, count: int) -> bytes:
+        """At most `count` bytes."""
+        return os.read(handle, count)
+
+    def read_into(self, handle: int, buffer: memoryview) -> int:
+        """Bytes read into the beginning of `buffer`; 0 at the end of the file."""
+        return os.readv(handle, [buffer]) if hasattr(os, "readv") else _read_into(handle, buffer)
+
+    def status(self, path: AnyPath) -> os.stat_result:
+        """Of the link itself, if it is one."""
+        return os.lstat(path)
+
+    def names(self, path: AnyPath) -> list[str]:
+        """In a directory, in any order."""
+        return os.listdir(path)
+
+    def free(self, path: AnyPath) -> tuple[int, int]:
+        """(bytes, inodes) that we may still use; inodes is -1 where the file system doesn't count them."""
+        if not hasattr(os, "statvfs"):
+            import shutil
+
+            return shutil.disk_usage(path).free, -1
+        status = os.statvfs(path)
+        return status.f_bavail * status.f_frsize, status.f_favail if status.f_files else -1
+
+    def token(self, count: int) -> str:
+        """Hex digits for a name that nobody else has, two for each of `count` bytes."""
+        return os.urandom(count).hex()
+
+
+system = FileSystem()
+"""The one in use, in this process."""
+
+
+@contextmanager
+def using(other: FileSystem) -> Iterator[None]:
+    """Put another in its place, for all threads of this process. Not for training: for what tests training."""
+    global system  # noqa: PLW0603
+    before, system = system, other
+    try:
+        yield
+    finally:
+        system = before
+
+
+def _read_into(handle: int, buffer: memoryview) -> int:
+    data = os.read(handle, len(buffer))
+    buffer[: len(data)] = data
+    return len(data)
