@@ -6,6 +6,7 @@
     |-- NoCheckpoint (LookupError)     nothing there to open or resume from
     |   `-- NoRun                      ... not even a directory of checkpoints
     |-- CorruptCheckpoint              a checkpoint fails verification: use another one
+    |-- Unreadable (OSError)           the system can't look just now, which says nothing of the checkpoints: try again
     |-- IncompleteRestore              a part or tensor would be left as it was: allow it by name, or don't resume
     |-- Incompatible                   what was saved doesn't fit what is running (parameters, base model)
     |-- SaveFailed (OSError)           this save came to nothing; every earlier checkpoint is intact
@@ -52,6 +53,10 @@ class NoCheckpoint(LastgoodError, LookupError):
 
 class CorruptCheckpoint(LastgoodError):
     code = "corrupt"
+
+
+class Unreadable(LastgoodError, OSError):
+    code = "unreadable"
 
 
 class IncompleteRestore(LastgoodError):

@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Literal
 
 from lastgood import policy
-from lastgood.errors import LastgoodError, NoCheckpoint, NotEnoughSpace, NotSupported, RunLocked, SaveFailed, UsageError
+from lastgood.errors import (
+    LastgoodError,
+    NoCheckpoint,
+    NotEnoughSpace,
+    NotSupported,
+    RunLocked,
+    SaveFailed,
+    UsageError,
+)
 from lastgood.model import Head, Record, Span, extend, next_seq
 from lastgood.policy import Keep
 from lastgood.recovery import UNADOPTED, first_good, in_order
@@ -82,6 +90,9 @@ class Manager:
             gc.sweep(self.root, self._sightings)
             self._recover_identity()
         except OSError as error:
+            if self._lock is not None:  # who can't write to the run doesn't keep others from it
+                self._lock.release()
+                self._lock = None
             if isinstance(error, LastgoodError):
                 raise
             raise SaveFailed(
@@ -91,7 +102,7 @@ class Manager:
 
     def _recover_identity(self) -> None:
         """A lost run.json must not make the run's own checkpoints foreign: their manifests name the run too."""
-        if read_run(self.root) is not None:
+        if read_run(self.root, sure=True) is not None:
             return
         runs = {record.manifest.run for record in self.records() if record.manifest is not None}
         if len(runs) == 1:
@@ -114,7 +125,7 @@ class Manager:
         everything = self.records()
         self.run = manifest.run
         self.lineage, self.parent, self.saved = manifest.lineage, manifest.id, {}
-        self.next = next_seq(everything, read_head(self.root, self.run))
+        self.next = next_seq(everything, read_head(self.root, self.run, sure=True))
         left = [r for r in everything if r.ours and r.current and r.seq > record.seq]
         if left or not record.current:
             # Written down before training goes on: otherwise a crash before the first save of the
@@ -131,8 +142,8 @@ class Manager:
             self._lock = None
 
     def records(self) -> tuple[Record, ...]:
-        """The checkpoints of the directory as they are now."""
-        return records(self.root)
+        """The checkpoints of the directory as they are now. Raises Unreadable if the system can't look just now."""
+        return records(self.root, sure=True)
 
     # ---- saving --------------------------------------------------------------------------
 
@@ -187,8 +198,13 @@ class Manager:
     def retain(self) -> tuple[policy.Decision, ...]:
         """Apply the policy to what is on disk now; the decisions with their reasons go to the journal."""
         self._still_ours()  # whoever was fenced off deletes nothing either
-        found = self.records()
-        decisions = policy.decide(found, self.keep, protect=protected(self.root, found, self.run, self._sightings))
+        try:
+            found = self.records()
+            stay = protected(self.root, found, self.run, self._sightings)
+        except OSError as error:
+            warn(f"retention: {error}; nothing was deleted, the next save tries again")
+            return ()
+        decisions = policy.decide(found, self.keep, protect=stay)
         try:
             gc.execute(self.root, gc.plan([d.record for d in decisions], decisions), sightings=self._sightings)
             leases.sweep(self.root, self._sightings)
@@ -212,14 +228,16 @@ class Manager:
 
         A mark that can't be written is a warning: training goes on, and the next save carries its own.
         """
-        there = {record.id: record for record in self.records() if record.ours and not record.poisoned}
-        sick = [r for step, r in self.saved.items() if step >= first and r.id in there]
-        if not sick:
-            return ()
+        sick: list[Record] = []
         try:
+            there = {record.id for record in self.records() if record.ours and not record.poisoned}
+            sick = [r for step, r in self.saved.items() if step >= first and r.id in there]
+            if not sick:
+                return ()
             poison.mark(self.root, {record.id: reason for record in sick})
         except (OSError, LastgoodError) as error:
-            warn(f"{', '.join(r.name for r in sick)} could not be marked as poisoned ({error})")
+            names = ", ".join(r.name for r in sick) or f"the checkpoints from step {first} on"
+            warn(f"{names} could not be marked as poisoned ({error})")
             return ()
         for record in sick:
             journal.append(self.root, "poisoned", step=record.step, id=record.id, reason=reason)
@@ -280,7 +298,7 @@ class Manager:
         damaged = [r.name for r in everything if r.state == "incomplete"]
         choice = first_good(
             in_order(everything, what, monitor=monitor, mode=mode),
-            lambda record: verify.problems(self.root, record, full=self.verify == "full"),
+            lambda record: verify.problems(self.root, record, full=self.verify == "full", sure=True),
             weights="holds the weights alone" if full else "",
             fall_back=not isinstance(what, int),
         )

@@ -152,7 +152,7 @@ def _path(manager: Manager, path: Path, option: str) -> Target:
     if record is None or record.manifest is None or (record.problem and record.state == "incomplete"):
         reason = "not a checkpoint directory" if record is None else record.problem
         raise CorruptCheckpoint(f"{path} can't be resumed from: {reason}", hint=f"{option}='auto'")
-    faults = verify.problems(path.parent, record, full=manager.verify == "full")
+    faults = verify.problems(path.parent, record, full=manager.verify == "full", sure=True)
     if faults:
         raise CorruptCheckpoint(f"{path} is damaged: {'; '.join(faults[:3])}", hint=f"{option}='auto'")
     return Target(path=path, record=record, own=same_run and record.ours, notes=_loudly(record))

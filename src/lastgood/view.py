@@ -34,7 +34,7 @@ LONGEST = 200
 class View(msgspec.Struct, frozen=True):
     """native: what is on disk by the one definition. records: the same and other tools' checkpoints, all readable.
 
-    monitor, mode: the metric that "best" means. keep: the run's own policy, if it is known.
+    monitor, mode: the metric that "best" means. keep: the run's own policy, if it is known. sure: see `look`.
     """
 
     root: Path
@@ -45,6 +45,7 @@ class View(msgspec.Struct, frozen=True):
     mode: Mode | None = None
     keep: Keep | None = None
     notes: Mapping[str, str] = {}
+    sure: bool = False
 
     @property
     def run(self) -> str | None:
@@ -91,7 +92,7 @@ class View(msgspec.Struct, frozen=True):
             record = msgspec.structs.replace(record, state="full")
         from lastgood.repo import verify
 
-        return verify.problems(self.root, record, full=full, progress=progress)
+        return verify.problems(self.root, record, full=full, sure=self.sure, progress=progress)
 
     def arguments(self, record: Record) -> Mapping[str, object]:
         """The training arguments that it was saved under."""
@@ -100,9 +101,12 @@ class View(msgspec.Struct, frozen=True):
         return record.manifest.arguments if record.manifest is not None else {}
 
 
-def look(root: Path, *, outline: bool = False) -> View:
-    """Everything there is in a run directory. outline: without arguments and environment, for listings."""
-    native = records(root, outline=outline)
+def look(root: Path, *, outline: bool = False, sure: bool = False) -> View:
+    """Everything there is in a run directory. outline: without arguments and environment, for listings.
+
+    sure: whoever goes on from it, or deletes: raise Unreadable if something couldn't be looked at just now.
+    """
+    native = records(root, outline=outline, sure=sure)
     found = _others(root, native)
     managed = any(record.ours for record in native)
     order = sorted(found, key=lambda name: (found[name].step, name))
@@ -113,7 +117,7 @@ def look(root: Path, *, outline: bool = False) -> View:
     everything.sort(key=lambda record: (record.step, record.seq, record.name))
     keep = own_policy(root)
     monitor, mode = _metric(root, everything, keep)
-    return View(root, native, tuple(everything), found, monitor, mode, keep, pins.read_notes(root))
+    return View(root, native, tuple(everything), found, monitor, mode, keep, pins.read_notes(root), sure)
 
 
 def _others(root: Path, native: Sequence[Record]) -> dict[str, Found]:

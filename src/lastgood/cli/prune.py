@@ -63,7 +63,7 @@ def prune(
         if empty_trash:
             _empty(path, style, dry_run, yes)
             return
-        view = look(path, outline=dry_run)
+        view = look(path, outline=dry_run, sure=True)
         for name, _ in map(metric.split, rules["monitor"]):
             ranks(view, name)
         rules |= metric.named(rules["monitor"], rules["mode"])

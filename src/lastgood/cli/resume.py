@@ -33,7 +33,7 @@ def resume(root: str | None, run: str | None, style: Style, start: str, check: b
     Nothing is changed: a damaged checkpoint is quarantined when a run really resumes. Exit status 3 if there is none.
     """
     path = run_at(root, run)
-    view = look(path)
+    view = look(path, sure=True)
     started = time.perf_counter()
     chosen, skipped = choose(view, start, full=check)
     seconds = time.perf_counter() - started

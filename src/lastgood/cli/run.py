@@ -141,7 +141,7 @@ def _choose(path: Path) -> Path | None:
     if not path.is_dir():
         return None
     _quarantine(path)
-    view = look(path)
+    view = look(path, sure=True)
     if not any(record.state in ("full", "incomplete") for record in view.records):
         return None
     chosen, skipped = choose(view, "last", full=True)
@@ -168,7 +168,7 @@ def _choose(path: Path) -> Path | None:
 
 def _quarantine(path: Path) -> None:
     """Half-written directories make a stock Trainer crash at its next start; their bytes are kept for a look."""
-    view = look(path)
+    view = look(path, sure=True)
     husks = [r for r in view.records if r.state == "incomplete" and _theirs(r)]
     _set_aside(path, husks)
 
@@ -195,7 +195,7 @@ def _tidier(alone: Callable[[], Path], rules: dict[str, Any]) -> Callable[[bool]
         path = alone()
         if not any(name in rules for name in RULES) or not path.is_dir():
             return
-        view = look(path)
+        view = look(path, sure=True)
         done = _finished(view, ended)
         if not done:  # the one that is being written is not looked into again and again
             return
@@ -203,7 +203,7 @@ def _tidier(alone: Callable[[], Path], rules: dict[str, Any]) -> Callable[[bool]
             with RunLock(path):
                 chains, _ = candidates(view, done)
                 adopt(path, chains)
-                decisions = plan(look(path), rules)
+                decisions = plan(look(path, sure=True), rules)
                 gc.execute(path, gc.plan([d.record for d in decisions], decisions))
         except RunLocked:
             return

@@ -32,7 +32,7 @@ def strip(root: str | None, revs: tuple[str, ...], style: Style, now: bool | Non
     """
     path, first = place(root, revs[0])
     with held(path, dry_run):
-        view = look(path)
+        view = look(path, sure=True)
         named = [pick(view, word) for word in (*((first,) if first else ()), *revs[1:])]
         chosen = list({record.name: record for record in named}.values())  # one by two names is stripped once
         decisions = [Decision(record, "strip", ("asked for",)) for record in chosen]

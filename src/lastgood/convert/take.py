@@ -61,9 +61,9 @@ def take(item: Found, run: Path, *, step: int | None, after: Record | None) -> R
     if wanted < 0:
         raise UsageError(f"nothing in {item.path.name} says which step it belongs to", hint="--step N")
     content.step = wanted
-    identity = read_run(run) or start_run(run, identify(run))
-    there = records(run)
-    head = read_head(run, identity)
+    identity = read_run(run, sure=True) or start_run(run, identify(run, sure=True))
+    there = records(run, sure=True)
+    head = read_head(run, identity, sure=True)
     seq, lineage = next_seq(there, head), lineage_in_force(there, head)
     newest = max((r for r in there if r.ours and r.current), key=lambda r: r.seq, default=None)
     if newest is not None and not _taken(newest):

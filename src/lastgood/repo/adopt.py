@@ -55,8 +55,8 @@ def adopt(root: Path, chains: Sequence[Chain], *, progress: Callable[[int], None
     Where the run isn't anywhere yet, the last chain becomes the current branch. Raises OSError; what was adopted until
     then stays adopted, and calling again goes on with the rest.
     """
-    run = read_run(root) or start_run(root, identify(root))
-    before, head = records(root), read_head(root, run)
+    run = read_run(root, sure=True) or start_run(root, identify(root, sure=True))
+    before, head = records(root, sure=True), read_head(root, run, sure=True)
     way = lineage_in_force(before, head)
     seq = next_seq(before, head)
     newest = max((record.seq for record in before if record.ours and on_lineage(record.seq, way)), default=0)

@@ -102,8 +102,8 @@ def _held_now(root: Path, id: str, sightings: leases.Sightings | None) -> str:
 
 def _reserve_numbers(root: Path, todo: Plan) -> None:
     """No save may get the number of one that `undo` can bring back: two with the same one are on each other's way."""
-    found, run = records(root), identify(root)
-    head = read_head(root, run)
+    found, run = records(root, sure=True), identify(root, sure=True)
+    head = read_head(root, run, sure=True)
     number = next_seq(found, head)
     gone = {item.record.name for item in todo.items if item.action == "delete"}
     if run is not None and next_seq([record for record in found if record.name not in gone], head) < number:

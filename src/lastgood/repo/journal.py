@@ -32,11 +32,15 @@ def read(root: Path) -> list[dict[str, Any]]:
     return lines(hidden(root, NAME), LIMIT)
 
 
-def lines(path: Path | str, limit: int) -> list[dict[str, Any]]:
-    """The JSON objects of a file with one per line."""
+def lines(path: Path | str, limit: int, *, sure: bool = False) -> list[dict[str, Any]]:
+    """The JSON objects of a file with one per line; [] if it can't be read. sure: see `records`."""
     try:
         data = local.read(path, limit)
-    except (OSError, ValueError):
+    except OSError as error:
+        if sure and local.passing(error):
+            raise
+        return []
+    except ValueError:
         return []
     return parsed(data.split(b"\n"))
 

@@ -66,12 +66,12 @@ def _alone(root: Path) -> Iterator[None]:
         lock.release()
 
 
-def read(root: Path, id: str) -> dict[str, float]:
-    """name -> value, the latest of each; NaN and infinity are kept as such (and rank nowhere)."""
+def read(root: Path, id: str, *, sure: bool = False) -> dict[str, float]:
+    """name -> value, the latest of each; NaN and infinity are kept as such (and rank nowhere). sure: see `records`."""
     if not _ID.fullmatch(id):
         return {}
     found: dict[str, float] = {}
-    for line in lines(f"{root}/{HIDDEN}/metrics/{id}.jsonl", LIMIT):
+    for line in lines(f"{root}/{HIDDEN}/metrics/{id}.jsonl", LIMIT, sure=sure):
         values = line.get("metrics")
         for name, value in values.items() if isinstance(values, dict) else ():
             if value in ("nan", "inf", "-inf") or (isinstance(value, (int, float)) and not isinstance(value, bool)):

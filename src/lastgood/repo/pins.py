@@ -111,9 +111,18 @@ def read_notes(root: Path) -> dict[str, str]:
 
 
 def write_note(root: Path, id: str, text: str) -> None:
-    """Replace the note of a checkpoint; an empty one removes it."""
+    """Replace the note of a checkpoint; an empty one removes it.
+
+    Raises CorruptCheckpoint where the notes there are can't be read: adding to them would lose them.
+    """
     with alone(root):
-        notes = {**read_notes(root), id: text}
+        try:
+            notes = {**table(root, NOTES, str), id: text}
+        except ValueError as error:
+            raise CorruptCheckpoint(
+                f"{NOTES} can't be read ({error}): no note is added or taken away",
+                hint=f"repair {hidden(root, NOTES)}, or delete it to let go of all notes",
+            ) from error
         content = json.dumps({key: value for key, value in notes.items() if value}, indent=1)
         local.replace(hidden(root, NOTES), f"{content}\n".encode())
 

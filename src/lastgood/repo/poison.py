@@ -26,11 +26,18 @@ def read(root: Path) -> dict[str, str]:
     return pins.table(root, NAME, str)
 
 
-def marks(root: Path) -> Mapping[str, str]:
-    """The same; where they can't be read every checkpoint counts as marked, for none may be healed by damage."""
+def marks(root: Path, *, sure: bool = False) -> Mapping[str, str]:
+    """The same; where they can't be read every checkpoint counts as marked, for none may be healed by damage.
+
+    sure: see `records`.
+    """
     try:
         return read(root)
-    except (OSError, ValueError):
+    except OSError as error:
+        if sure and local.passing(error):
+            raise
+        return _Everything()
+    except ValueError:
         return _Everything()
 
 

@@ -15,9 +15,9 @@ def protected(
 ) -> dict[str, str]:
     """id -> reason. The live run, `prune` and every listing ask this, so they agree.
 
-    sightings: of the leases, by a process that goes on.
+    sightings: of the leases, by a process that goes on. Raises OSError if the system can't look just now.
     """
-    reasons = going_on(found, read_head(root, run))
+    reasons = going_on(found, read_head(root, run, sure=True))
     for id, reason in leases.in_force(root, sightings).items():
         reasons[id] = f"{reasons[id]}; {reason}" if id in reasons else reason
     return reasons

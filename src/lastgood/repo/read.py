@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from lastgood.errors import CorruptCheckpoint
+from lastgood.errors import CorruptCheckpoint, Unreadable
 from lastgood.format import manifest as codec
 from lastgood.model import Manifest, Record, placed
 from lastgood.repo import metrics, pins, poison
@@ -25,32 +25,57 @@ LAST_WRITTEN = "trainer_state.json"
 """What a stock Trainer writes at the end of a save."""
 
 
-def records(root: Path, *, outline: bool = False) -> tuple[Record, ...]:
+def records(root: Path, *, outline: bool = False, sure: bool = False) -> tuple[Record, ...]:
     """Every directory that is named like a checkpoint, by (step, number). () for a run that isn't there.
 
-    outline: leave out arguments and environment, for listings; never write such a manifest back.
+    outline: leave out arguments and environment, for listings; never write such a manifest back. sure: raise Unreadable
+    if something couldn't be looked at just now. Whoever resumes or deletes needs that: with too many files open a good
+    checkpoint looks like a damaged one, and the run would go on from an older one.
     """
-    run, held, base = identify(root), held_by(root), os.fspath(root)
-    marked = poison.marks(root)
-    decode = codec.outline if outline else codec.decode
-    found = [
-        _record(root, f"{base}/{name}", name, step, run, held, marked, decode)
-        for name in local.folders(root)
-        if (step := step_of(name)) is not None
-    ]
-    return placed(found, read_head(root, run))
+    try:
+        run, held, base = identify(root, sure=sure), held_by(root), os.fspath(root)
+        marked = poison.marks(root, sure=sure)
+        decode = codec.outline if outline else codec.decode
+        found = [
+            _record(root, f"{base}/{name}", name, step, run, held, marked, decode, sure)
+            for name in local.folders(root)
+            if (step := step_of(name)) is not None
+        ]
+        return placed(found, read_head(root, run, sure=sure))
+    except OSError as error:
+        if sure and local.passing(error):
+            raise unreadable(error.filename or root, error) from error
+        raise
 
 
-def identify(root: Path) -> str | None:
-    """The id of the run in this directory. A lost run.json doesn't make its checkpoints foreign: they name it too."""
-    run = read_run(root)
+def unreadable(what: object, error: OSError) -> Unreadable:
+    """The Unreadable for this error."""
+    failed = Unreadable(
+        f"{what} can't be read: {error.strerror or error}; nothing was decided or changed",
+        hint="see to the cause (open files, permissions, the file server) and start again",
+    )
+    failed.errno = error.errno
+    return failed
+
+
+def identify(root: Path, *, sure: bool = False) -> str | None:
+    """The id of the run in this directory. A lost run.json doesn't make its checkpoints foreign: they name it too.
+
+    sure: see `records`.
+    """
+    run = read_run(root, sure=sure)
     if run is not None:
         return run
     told = set()
     for name in local.names(root):
         if step_of(name) is not None:
-            with suppress(OSError, CorruptCheckpoint):
+            try:
                 told.add(codec.outline(local.read(root / name / codec.NAME, codec.LIMIT), codec.NAME).run)
+            except OSError as error:
+                if sure and local.passing(error):
+                    raise
+            except CorruptCheckpoint:
+                continue
     return told.pop() if len(told) == 1 else None
 
 
@@ -63,12 +88,15 @@ def _record(
     held: Mapping[str, tuple[str, ...]],
     marked: Mapping[str, str],
     decode: Callable[[bytes, str], Manifest],
+    sure: bool,
 ) -> Record:
     try:
         data = local.read(f"{directory}/{codec.NAME}", codec.LIMIT)
     except FileNotFoundError:
         return Record(name=name, step=step, state="stock")
     except OSError as error:
+        if sure and local.passing(error):
+            raise unreadable(f"{directory}/{codec.NAME}", error) from error
         return Record(name=name, step=step, state="incomplete", problem=f"{codec.NAME}: {error.strerror or error}")
     try:
         manifest = decode(data, codec.NAME)
@@ -80,7 +108,7 @@ def _record(
         return Record(name=name, step=step, state="foreign", manifest=manifest, problem="belongs to another run")
     if manifest.layout and rewritten(directory, manifest):
         return Record(name=name, step=step, state="stock")
-    problem = missing(directory, manifest)
+    problem = missing(directory, manifest, sure=sure)
     if problem:
         names = held.get(manifest.id, ())  # what is held stays held when it loses a file
         return Record(name=name, step=step, state="incomplete", manifest=manifest, problem=problem, pinned=names)
@@ -89,7 +117,7 @@ def _record(
         step=manifest.step,
         state="full" if manifest.full else "weights",
         manifest=manifest,
-        metrics=metrics.read(root, manifest.id),
+        metrics=metrics.read(root, manifest.id, sure=sure),
         pinned=held.get(manifest.id, ()),
         poisoned=poison.reason(manifest, marked),
         layout=manifest.layout,
@@ -111,8 +139,8 @@ def id_at(path: Path) -> str | None:
     return None
 
 
-def missing(directory: Path | str, manifest: Manifest) -> str:
-    """The first files that aren't there with the recorded size, in words; "" if all are."""
+def missing(directory: Path | str, manifest: Manifest, *, sure: bool = False) -> str:
+    """The first files that aren't there with the recorded size, in words; "" if all are. sure: see `records`."""
     faults = []
     # Strings, and the system call itself: a run of ten thousand checkpoints is listed in a second.
     base, regular, lstat = os.fspath(directory), stat.S_ISREG, os.lstat
@@ -120,9 +148,13 @@ def missing(directory: Path | str, manifest: Manifest) -> str:
         try:
             status = lstat(f"{base}/{name}")
             size = status.st_size if regular(status.st_mode) else None
-        except (OSError, ValueError):
+        except OSError as error:
+            if sure and local.passing(error):
+                raise
             size = None
-        if size == entry.size and ("/" not in name or _reached_directly(base, name)):
+        except ValueError:
+            size = None
+        if size == entry.size and ("/" not in name or _reached_directly(base, name, sure)):
             continue
         if size is None or size == entry.size:
             faults.append(f"{name} is missing" if size is None else f"{name} is behind a link")
@@ -155,19 +187,17 @@ def rewritten(directory: Path | str, manifest: Manifest) -> bool:
         return False
 
 
-def _reached_directly(at: str, name: str) -> bool:
+def _reached_directly(at: str, name: str, sure: bool) -> bool:
     for part in name.split("/")[:-1]:
         at = f"{at}/{part}"
-        if not _is_directory(at):
+        try:
+            if not stat.S_ISDIR(os.lstat(at).st_mode):
+                return False
+        except OSError as error:
+            if sure and local.passing(error):
+                raise
             return False
     return True
-
-
-def _is_directory(path: str) -> bool:
-    try:
-        return stat.S_ISDIR(os.lstat(path).st_mode)
-    except OSError:
-        return False
 
 
 def held_by(root: Path) -> Mapping[str, tuple[str, ...]]:

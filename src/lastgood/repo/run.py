@@ -24,9 +24,9 @@ class _Identity(msgspec.Struct, frozen=True):
     run: str
 
 
-def read_run(root: Path) -> str | None:
-    """The id of the run in this directory; None where there is none (or it isn't readable)."""
-    identity = _read(hidden(root, RUN), _Identity)
+def read_run(root: Path, *, sure: bool = False) -> str | None:
+    """The id of the run in this directory; None where there is none (or it isn't readable). sure: see `records`."""
+    identity = _read(hidden(root, RUN), _Identity, sure)
     return None if identity is None else identity.run
 
 
@@ -40,9 +40,9 @@ def start_run(root: Path, run: str | None = None) -> str:
     return identity.run
 
 
-def read_head(root: Path, run: str | None) -> Head | None:
-    """The head of this run; None if it never went back."""
-    head = _read(hidden(root, HEAD), Head)
+def read_head(root: Path, run: str | None, *, sure: bool = False) -> Head | None:
+    """The head of this run; None if it never went back. sure: see `records`."""
+    head = _read(hidden(root, HEAD), Head, sure)
     return head if head is not None and head.run == run else None
 
 
@@ -74,10 +74,14 @@ def read_policy(root: Path) -> dict[str, object]:
     return value if isinstance(value, dict) else {}
 
 
-def _read(path: Path, kind: type[T]) -> T | None:
+def _read(path: Path, kind: type[T], sure: bool) -> T | None:
     try:
         return msgspec.json.decode(local.read(path, 1 << 20), type=kind)
-    except (OSError, msgspec.MsgspecError, RecursionError):
+    except OSError as error:
+        if sure and local.passing(error):
+            raise
+        return None
+    except (msgspec.MsgspecError, RecursionError):
         return None
 
 

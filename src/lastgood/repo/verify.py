@@ -9,14 +9,14 @@ from pathlib import Path
 from lastgood.errors import CorruptCheckpoint
 from lastgood.format.tensors import read_header
 from lastgood.model import FileEntry, Record
-from lastgood.repo.read import missing, newer
+from lastgood.repo.read import missing, newer, unreadable
 from lastgood.store import local
 
 
 def problems(
-    root: Path, record: Record, *, full: bool, progress: Callable[[int], None] | None = None
+    root: Path, record: Record, *, full: bool, sure: bool = False, progress: Callable[[int], None] | None = None
 ) -> tuple[str, ...]:
-    """What is wrong with each file; () for a good checkpoint.
+    """What is wrong with each file; () for a good checkpoint. sure: raise Unreadable, see `records`.
 
     full: read and hash every byte; otherwise sizes and safetensors headers, unless a stock Trainer may have written
     into it after its manifest. `progress` gets the bytes of each file
@@ -25,7 +25,10 @@ def problems(
     manifest, directory = record.manifest, root / record.name
     if manifest is None:
         return (record.problem or "it has no manifest",)
-    gone = missing(directory, manifest)
+    try:
+        gone = missing(directory, manifest, sure=sure)
+    except OSError as error:
+        raise unreadable(error.filename or directory, error) from error
     if gone:
         return (gone,)
     if not full and not (manifest.layout and newer(directory, manifest.files)):
@@ -36,6 +39,8 @@ def problems(
         try:
             found = local.digest(directory / name)
         except OSError as error:
+            if sure and local.passing(error):
+                raise unreadable(directory / name, error) from error
             return f"{name} can't be read: {error.strerror or error}"
         if progress is not None:
             progress(found.size)

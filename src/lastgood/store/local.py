@@ -7,13 +7,15 @@ close are never swallowed and never retried: after one, nothing is known about t
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
 import stat
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from blake3 import blake3
 
@@ -28,6 +30,17 @@ _SAFE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os,
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _SAFE
 # O_NONBLOCK: a FIFO in the place of a file must not hang the reader.
 _READ = os.O_RDONLY | _SAFE | getattr(os, "O_NONBLOCK", 0)
+
+_PASSING = frozenset(
+    getattr(errno, name)
+    for name in (
+        "EACCES", "EPERM", "EMFILE", "ENFILE", "ENOMEM", "EAGAIN", "EINTR", "EBUSY", "ESTALE", "ETIMEDOUT", "ENOTCONN",
+        "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "ECONNREFUSED", "ECONNRESET", "EKEYEXPIRED",
+    )
+    if hasattr(errno, name)
+)  # fmt: skip
+
+T = TypeVar("T")
 
 Buffer = bytes | bytearray | memoryview
 
@@ -185,6 +198,14 @@ def vanish(source: Path, grave: Path) -> None:
     fs.system.rename(source, grave)
 
 
+def passing(error: OSError) -> bool:
+    """Whether a read failed for a reason that says nothing about the file: a limit, a right, a server that is away.
+
+    What can't be read for such a reason may be good, so nothing must be decided as if it were damaged or missing.
+    """
+    return error.errno in _PASSING
+
+
 def names(path: Path) -> list[str]:
     """Names in a directory, sorted; [] if it isn't there."""
     try:
@@ -202,8 +223,22 @@ def folders(path: Path) -> list[str]:
         return []
 
 
+def _tried_again(act: Callable[[], T]) -> T:
+    """File servers report a connection that was lost for a moment as EIO: a broken disk fails twice."""
+    try:
+        return act()
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        return act()
+
+
 def read(path: Path | str, limit: int) -> bytes:
     """A regular file of at most `limit` bytes; OSError otherwise."""
+    return _tried_again(lambda: _read(path, limit))
+
+
+def _read(path: Path | str, limit: int) -> bytes:
     handle = fs.system.open(path, _READ)
     try:
         size = _regular(handle, path)
@@ -264,6 +299,10 @@ def size(path: Path | str) -> int | None:
 
 def digest(path: Path) -> FileEntry:
     """Size and hash of a regular file as it is on disk now."""
+    return _tried_again(lambda: _digest(path))
+
+
+def _digest(path: Path) -> FileEntry:
     hasher, total = blake3(), 0
     handle = fs.system.open(path, _READ)
     try:

@@ -1,0 +1,47 @@
+"""A sample of the harness in faults/: every operation in every lane. `scripts/faults` runs all of its points."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from faults import lanes
+from faults.operations import OPERATIONS, Operation
+
+EVERY = {"crash": 7, "error": 110, "power": 45, "twice": 400, "look": 300}
+
+
+def tried(lane: str, operation: Operation, scratch: Path) -> None:
+    bench = lanes.Bench(operation, scratch)
+    some = list(lanes.points(lane, bench, EVERY[lane]))
+    bad = {point: wrong for point in some if (wrong := lanes.run(lane, bench, point))}
+    assert some and not bad, "\n".join(f'"{lane} {operation.name} {point}": {wrong}' for point, wrong in bad.items())
+
+
+every_operation = pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
+
+
+@every_operation
+def test_I1_I3_I10_I11_I13_a_crash_at_a_call(operation: Operation, quick: Path) -> None:
+    tried("crash", operation, quick)
+
+
+@every_operation
+def test_I3_I5_I19_an_error_at_a_call(operation: Operation, quick: Path) -> None:
+    tried("error", operation, quick)
+
+
+@every_operation
+def test_I1_I2_a_power_cut(operation: Operation, quick: Path) -> None:
+    tried("power", operation, quick)
+
+
+@every_operation
+def test_I4_a_crash_in_the_recovery_from_a_crash(operation: Operation, quick: Path) -> None:
+    tried("twice", operation, quick)
+
+
+@every_operation
+def test_I1_I6_a_look_that_fails(operation: Operation, quick: Path) -> None:
+    tried("look", operation, quick)
