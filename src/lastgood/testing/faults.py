@@ -73,13 +73,17 @@ class Faulty(FileSystem):
     seed: str = ""
     calls: list[str] = field(default_factory=list)
     dead: bool = False
+    _writing: set[int] = field(default_factory=set)
     struck: bool = False
     """Whether the fault happened."""
     workers = 1
 
     def open(self, path: AnyPath, flags: int, mode: int = 0o666) -> int:
         """See FileSystem, as for all of these."""
-        return int(self._call("open", bool(flags & os.O_CREAT), super().open, path, flags, mode))
+        handle = int(self._call("open", bool(flags & os.O_CREAT), super().open, path, flags, mode))
+        if flags & (os.O_WRONLY | os.O_RDWR):
+            self._writing.add(handle)
+        return handle
 
     def write(self, handle: int, data: bytes | memoryview) -> int:
         return int(self._call("write", True, super().write, handle, data))
@@ -91,8 +95,10 @@ class Faulty(FileSystem):
         if self.dead:
             os.close(handle)  # the kernel does it for a process that died
             return
+        changes = handle in self._writing  # only there it may be told that a write failed
+        self._writing.discard(handle)
         try:
-            self._call("close", True, lambda handle: None, handle)
+            self._call("close", changes, lambda handle: None, handle)
         finally:
             os.close(handle)  # also where it reports an error: the descriptor is gone
 
