@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from lastgood.errors import UsageError
-from lastgood.repo.layout import boot, hidden
+from lastgood.repo.layout import boot, hidden, own
 from lastgood.repo.read import id_at
 from lastgood.store import local
 
@@ -116,6 +116,7 @@ def take(root: Path, id: str, name: str, seconds: float) -> Held | None:
     import threading  # what only looks starts faster without
 
     check(seconds)
+    own(root)
     local.make_dirs(hidden(root, FOLDER))
     path = hidden(root, FOLDER, f"{id}.{os.urandom(4).hex()}")
     held = Held(path, _from_now(float(seconds), 0), threading.Event(), threading.RLock())

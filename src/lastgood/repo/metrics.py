@@ -11,7 +11,7 @@ from pathlib import Path
 from lastgood.errors import UsageError
 from lastgood.model import finite
 from lastgood.repo.journal import lines
-from lastgood.repo.layout import HIDDEN, hidden
+from lastgood.repo.layout import HIDDEN, hidden, own
 from lastgood.store import local
 
 LIMIT = 16 << 20
@@ -27,6 +27,7 @@ def record(root: Path, id: str, step: int, values: Mapping[str, object]) -> None
     two machines: over NFS a write "at the end" goes to where the end was when the file was last looked at.
     """
     plain = {name: _plain(value) for name, value in values.items()}
+    own(root)
     local.make_dirs(hidden(root, "metrics"))
     line = json.dumps({"step": step, "metrics": plain}, allow_nan=False)
     with _alone(root):
