@@ -46,8 +46,9 @@ def own(root: Path) -> None:
     except (FileNotFoundError, NotADirectoryError):
         linked = []
     if folder.is_symlink() or linked:
+        link = folder if folder.is_symlink() else min(linked)
         raise Refused(
-            f"{folder if folder.is_symlink() else min(linked)} is a link: what is behind it isn't ours to change or delete",
+            f"{link} is a link: what is behind it isn't ours to change or delete",
             hint="put back what was there, or remove the link; nothing was changed",
         )
 
