@@ -16,6 +16,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from lastgood.errors import RunLocked
 from lastgood.repo.layout import boot, hidden, own
+from lastgood.repo.run import check_format
 from lastgood.store import local
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -34,7 +35,7 @@ class RunLock:
         self._lock = _file_lock(self._file)
 
     def acquire(self, *, takeover: bool = False, anonymous: bool = False) -> None:
-        """Raises RunLocked at once if a living process holds the run, Refused where links lead out of it.
+        """Raises RunLocked at once if a living process holds the run, Refused where links lead out of it, NewerFormat.
 
         takeover: fence that process off instead.
 
@@ -42,6 +43,7 @@ class RunLock:
         can be freed there.
         """
         own(self._root)
+        check_format(self._root)
         try:
             local.make_dirs(self._file.parent)
         except OSError as error:
