@@ -141,7 +141,7 @@ def fuzz(name: str, folder: Path, examples: int) -> None:
 @pytest.mark.parametrize("name", TARGETS)
 def test_I22_I7_any_bytes_are_read_or_refused(name: str, quick: Path) -> None:
     (quick / "work").mkdir()
-    status = forked.run(limited, fuzz, name, quick / "work", 40, log=quick / "log")
+    status = forked.run(limited, fuzz, name, quick / "work", 40, log=quick / "log", timeout=300)
     assert status == 0, (quick / "log").read_text()[-6000:]
 
 
@@ -156,7 +156,7 @@ def blow(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("name", sorted({name for name, _ in bombs()}))
 def test_I22_no_bomb_goes_off(name: str, quick: Path) -> None:
     (quick / "work").mkdir()
-    status = forked.run(limited, blow, quick / "work", name, log=quick / "log")
+    status = forked.run(limited, blow, quick / "work", name, log=quick / "log", timeout=300)
     assert status == 0, (quick / "log").read_text()[-6000:]
 
 
@@ -202,3 +202,12 @@ def looks(folder: Path, examples: int) -> None:
 def test_I22_looking_at_garbage_never_ends_in_a_traceback(quick: Path) -> None:
     status = forked.run(limited, looks, quick / "run", 15, log=quick / "log", timeout=300)
     assert status == 0, (quick / "log").read_text()[-6000:]
+
+
+FOUND = sorted((Path(__file__).parent / "data" / "found").iterdir())
+"""What `./scripts/fuzz --atheris` found, each file called by its target."""
+
+
+@pytest.mark.parametrize("path", FOUND, ids=lambda path: path.name)
+def test_I22_what_was_found_once_stays_found(path: Path, tmp_path: Path) -> None:
+    try_one(path.name.partition("-")[0], path.read_bytes(), tmp_path)

@@ -39,7 +39,7 @@ def record(root: Path, id: str, step: int, values: Mapping[str, object]) -> None
 def checked(name: str, value: object) -> float:
     """The value that somebody gives a metric by hand; NaN is one, and ranks nowhere. Raises UsageError."""
     if not name or not name.isprintable() or len(name) > 200 or any(c.isspace() for c in name):
-        raise UsageError(f"{name!r} can't be the name of a metric", hint="no spaces: mmlu=0.61")
+        raise UsageError(f"{name[:100]!r} can't be the name of a metric", hint="no spaces: mmlu=0.61")
     if hasattr(value, "item"):  # numpy scalars and 0-dim tensors
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -31,7 +31,7 @@ def check_name(name: str) -> str:
         or not name.isprintable()
     ):
         raise UsageError(
-            f"{name!r} can't be a tag",
+            f"{name[:100]!r} can't be a tag",
             hint="as in git: no spaces, no '..', none of ~^:?*[\\, no '.' or '.lock' at an end",
         )
     if RESERVED.fullmatch(name):
