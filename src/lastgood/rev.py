@@ -144,7 +144,7 @@ def _near(text: str, records: Sequence[Record]) -> str:
     import difflib
 
     near = difflib.get_close_matches(text, known, n=3)
-    if text.isdigit():
+    if re.fullmatch(r"[0-9]{1,18}", text):
         steps = sorted({r.step for r in records if r.step >= 0}, key=lambda step: abs(step - int(text)))
         near = [str(step) for step in steps[:3]]
     return f"did you mean {', '.join(near)}?" if near else "`lastgood log` shows what there is"
