@@ -203,7 +203,7 @@ def _leases(root: Path) -> list[tuple[str, Lease | None]]:
             except OSError as error:
                 if error.errno not in (errno.ENOENT, errno.ESTALE):  # else it was dropped meanwhile
                     found.append((name, UNREADABLE))
-            except (msgspec.MsgspecError, RecursionError):
+            except (ValueError, msgspec.MsgspecError, RecursionError):  # ValueError: not UTF-8
                 found.append((name, None))
     return found
 

@@ -88,7 +88,7 @@ def read_policy(root: Path) -> dict[str, object]:
 def _read(path: Path, kind: type[T]) -> T | None:
     try:
         return msgspec.json.decode(local.read(path, 1 << 20), type=kind)
-    except (OSError, msgspec.MsgspecError, RecursionError):
+    except (OSError, ValueError, msgspec.MsgspecError, RecursionError):  # ValueError: not UTF-8
         return None
 
 
