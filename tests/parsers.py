@@ -38,6 +38,7 @@ from lastgood.repo.read import records
 from lastgood.repo.run import read_head, read_policy, read_run
 from lastgood.state import tree
 from lastgood.weights import adapter
+from seeds import unchanged
 
 Feed = Callable[[bytes, Path], None]
 
@@ -82,25 +83,6 @@ def put(folder: Path, place: str, data: bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
     return path
-
-
-class unchanged:
-    """Nothing below a directory is written to by what is inside."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def _look(self) -> list[tuple[str, int, int]]:
-        return [
-            (str(p), p.lstat().st_mtime_ns, 0 if p.is_dir() else p.lstat().st_size)
-            for p in sorted([self.folder, *self.folder.rglob("*")])
-        ]
-
-    def __enter__(self) -> None:
-        self.before = self._look()
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        assert kind is not None or self._look() == self.before, "reading wrote something"
 
 
 # ---- targets -------------------------------------------------------------------------------

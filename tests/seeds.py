@@ -70,3 +70,22 @@ METADATA, DATA = _dcp()
 TENSORS = _tensors("w", "b")
 LORA = _tensors("base_model.model.a.lora_A.weight", "base_model.model.a.lora_B.weight")
 LIGHTNING, OPTIMIZER, PLAIN = _archive(CKPT), _archive(_saved()), _archive({"step": 3, "rng": (1, 2)})
+
+
+class unchanged:
+    """Nothing below a directory is written to by what is inside."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def _look(self) -> list[tuple[str, int, int]]:
+        return [
+            (str(p), p.lstat().st_mtime_ns, 0 if p.is_dir() else p.lstat().st_size)
+            for p in sorted([self.folder, *self.folder.rglob("*")])
+        ]
+
+    def __enter__(self) -> None:
+        self.before = self._look()
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        assert kind is not None or self._look() == self.before, "reading wrote something"
