@@ -83,6 +83,7 @@ class Manager:
                 hint="choose a directory of its own for this run",
             )
         try:
+            layout.own(self.root)
             local.make_dirs(self.root / layout.HIDDEN)
             lock = RunLock(self.root)
             lock.acquire(takeover=takeover)

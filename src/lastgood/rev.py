@@ -41,10 +41,10 @@ def resolve(
         return _best(records, *metric_named(text, records, monitor, mode, others))
     found = _matches(text, records)
     if not found:
-        raise NoCheckpoint(f"no checkpoint is called {text!r}", hint=_near(text, records))
+        raise NoCheckpoint(f"no checkpoint is called {_short(text)}", hint=_near(text, records))
     if len(found) > 1:
         listing = ", ".join(f"{record.name} ({record.id or record.layout})" for record in found[:6])
-        raise UsageError(f"{text!r} may be any of {len(found)} checkpoints: {listing}", hint="name one by its id")
+        raise UsageError(f"{_short(text)} may be any of {len(found)} checkpoints: {listing}", hint="name one by its id")
     return found[0]
 
 
@@ -71,7 +71,7 @@ def metric_named(
     """The metric that best or best:METRIC[:min|max] means, and its direction."""
     name, _, direction = text.removeprefix("best").removeprefix(":").partition(":")
     if direction not in ("", "min", "max"):
-        raise UsageError(f"{text!r}: after the metric comes min or max", hint=f"best:{name}:min")
+        raise UsageError(f"{_short(text)}: after the metric comes min or max", hint="best:METRIC:min")
     wanted = name or monitor
     if wanted is None:
         known = ", ".join(sorted({name for record in records for name in record.metrics})) or "none"
@@ -81,7 +81,8 @@ def metric_named(
         "min" if direction == "min" else "max" if direction == "max" else own or ranking.known_mode(wanted)
     )
     if found is None:
-        raise UsageError(f"is a lower or a higher {wanted} better?", hint=f"best:{wanted}:min or best:{wanted}:max")
+        short = wanted[:100]
+        raise UsageError(f"is a lower or a higher {short} better?", hint=f"best:{short}:min or best:{short}:max")
     return wanted, found
 
 
@@ -89,7 +90,7 @@ def _best(records: Sequence[Record], monitor: str, mode: Mode) -> Record:
     record = ranking.best(records, monitor, mode)
     if record is None:
         known = ", ".join(sorted({name for r in records for name in r.metrics})) or "none"
-        raise NoCheckpoint(f"no checkpoint has a {monitor}", hint=f"recorded metrics: {known}")
+        raise NoCheckpoint(f"no checkpoint has a {monitor[:100]}", hint=f"recorded metrics: {known}")
     return record
 
 
@@ -133,12 +134,17 @@ def _of_step(text: str, records: Sequence[Record]) -> list[Record]:
     return found
 
 
+def _short(text: str) -> str:
+    """As it is quoted in messages."""
+    return repr(text) if len(text) <= 100 else f"{text[:100]!r}..."
+
+
 def _near(text: str, records: Sequence[Record]) -> str:
     known = [word for word, _ in words(records)]
     import difflib
 
     near = difflib.get_close_matches(text, known, n=3)
-    if text.isdigit():
+    if re.fullmatch(r"[0-9]{1,18}", text):
         steps = sorted({r.step for r in records if r.step >= 0}, key=lambda step: abs(step - int(text)))
         near = [str(step) for step in steps[:3]]
     return f"did you mean {', '.join(near)}?" if near else "`lastgood log` shows what there is"

@@ -218,6 +218,8 @@ def _storage(pid: Any, names: dict[str, zipfile.ZipInfo], prefix: str, view: _Pa
     view.seek(info.header_offset + 26)
     name_length, extra_length = struct.unpack("<HH", view.read(4))
     begin = base + info.header_offset + 30 + name_length + extra_length
+    if info.header_offset < 0 or begin + info.file_size > base + view.length:
+        raise CorruptCheckpoint("a storage that ends behind the end of its file")
     return _Storage(STORAGES.get(kind, "U8"), begin, info.file_size)
 
 

@@ -22,6 +22,7 @@ NAME = "lastgood.json"
 LIMIT = 64 << 20
 """Largest manifest that is read (64 MiB)."""
 
+_ID = re.compile(r"[0-9a-f]{16}")
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f\\:]|^[A-Za-z]:")
 
 
@@ -147,6 +148,8 @@ def _check(manifest: Manifest, where: str) -> None:
     for name, entry in files.items():
         if entry.size < 0:
             raise CorruptCheckpoint(f"{where}: {name} has size {entry.size}")
+    if _ID.fullmatch(manifest.id) is None:  # files beside the checkpoints are called by it
+        raise CorruptCheckpoint(f"{where} isn't valid: its id is not 16 hex digits")
     known = all(name in files for names in manifest.parts.values() for name in names)
     if not known or manifest.step < 0 or manifest.seq < 1:
         raise CorruptCheckpoint(f"{where} isn't valid: step, number or part is out of range")

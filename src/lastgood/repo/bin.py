@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lastgood.errors import CorruptCheckpoint, NoCheckpoint
+from lastgood.errors import CorruptCheckpoint, NoCheckpoint, Refused
 from lastgood.format import guard
 from lastgood.format import manifest as codec
 from lastgood.model import Manifest
@@ -27,7 +27,8 @@ _NUMBER = re.compile(r"[0-9]{8,12}")
 def begin(root: Path, what: str) -> str:
     """The number of a new operation, which is the newest from now on. Raises OSError."""
     local.make_dirs(hidden(root, "undo"))
-    number = f"{max([0, *(int(n) for n in operations(root))]) + 1:08d}"
+    taken = [int(name) for name in local.names(hidden(root, "undo")) if _NUMBER.fullmatch(name)]  # a link as well
+    number = f"{max([0, *taken]) + 1:08d}"
     place = hidden(root, "undo", number)
     local.make_dirs(place)
     local.replace(place / PLAN, f"{json.dumps({'what': what})}\n".encode())
@@ -65,8 +66,8 @@ def held_back(root: Path) -> dict[str, Path]:
     places = {}
     for number in operations(root):
         for name in local.names(hidden(root, "undo", number)):
-            if name.endswith(".stripped"):
-                place = hidden(root, "undo", number, name)
+            place = hidden(root, "undo", number, name)
+            if name.endswith(".stripped") and not place.is_symlink():
                 places[_id(place)] = place
     return places
 
@@ -78,6 +79,8 @@ def rescue(directory: Path, light: Manifest, place: Path) -> None:
     """
     old = _manifest(place)
     for name in () if old is None else sorted(old.files.keys() - light.files.keys()):
+        if not _straight(directory, name) or not _straight(place, name):
+            continue
         if local.size(directory / name) is not None and not os.path.lexists(place / name):
             local.make_dirs((place / name).parent)
             local.rename(directory / name, place / name)
@@ -92,13 +95,18 @@ def size(root: Path) -> int:
 
 
 def undo(root: Path) -> list[str]:
-    """Bring back what the newest operation removed; what was done, in words. Raises NoCheckpoint if there is none."""
+    """Bring back what the newest operation removed; what was done, in words.
+
+    Raises NoCheckpoint if there is none, Refused where links lead out of the run.
+    """
     numbers = operations(root)
     if not numbers:
         raise NoCheckpoint(
             "there is nothing to undo", hint="space that was freed at once (prune --now), or for a save, is gone"
         )
     place, done = hidden(root, "undo", numbers[-1]), []
+    if linked := next((name for name in local.names(place) if (place / name).is_symlink()), None):
+        raise Refused(f"{place / linked} is a link: what is behind it isn't ours to bring back; nothing was changed")
     for name in local.names(place):
         if name.endswith(".stripped"):
             done.append(_unstrip(root, place / name, name.removesuffix(".stripped")))
@@ -128,7 +136,11 @@ def _unstrip(root: Path, source: Path, name: str) -> str:
         return f"{name} isn't there any more; its files were dropped"
     name, directory = found, root / found
     there = {file: (source / file, directory / file) for file in old.files}
-    lost = [file for file, at in there.items() if old.files[file].size not in map(local.size, at)]
+    lost = [
+        file
+        for file, at in there.items()
+        if old.files[file].size not in map(local.size, at) or not all(_straight(at, file) for at in (source, directory))
+    ]
     if lost:  # stripped again in the meantime: the old manifest would make it an incomplete one
         return f"{name} stays as it is: {', '.join(lost[:3])} can't be brought back"
     for file, (kept, target) in there.items():
@@ -152,6 +164,11 @@ def empty(root: Path) -> int:
         local.vanish(hidden(root, "undo", number), grave)
         local.remove(grave)
     return total
+
+
+def _straight(directory: Path, name: str) -> bool:
+    """Whether no directory on the way to this file is a link: what is behind one isn't ours to move."""
+    return not any((directory / folder).is_symlink() for folder in Path(name).parents)
 
 
 def _manifest(directory: Path) -> Manifest | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from lastgood.errors import Refused
 from lastgood.store import fs
 
 HIDDEN = ".lastgood"
@@ -31,6 +32,25 @@ def new_id() -> str:
 def hidden(root: Path, *names: str) -> Path:
     """A path inside the run's own directory."""
     return root.joinpath(HIDDEN, *names)
+
+
+def own(root: Path) -> None:
+    """What comes before every change: nothing that we keep in `.lastgood` is a link, which would lead us elsewhere.
+
+    Files are opened without following links anyway; this is for directories on the way to them. Raises Refused.
+    """
+    folder = hidden(root)
+    try:
+        with os.scandir(folder) as entries:
+            linked = [entry.path for entry in entries if entry.is_symlink()]
+    except (FileNotFoundError, NotADirectoryError):
+        linked = []
+    if folder.is_symlink() or linked:
+        link = folder if folder.is_symlink() else min(linked)
+        raise Refused(
+            f"{link} is a link: what is behind it isn't ours to change or delete",
+            hint="put back what was there, or remove the link; nothing was changed",
+        )
 
 
 def boot() -> str | None:

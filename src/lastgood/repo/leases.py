@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from lastgood.errors import UsageError
-from lastgood.repo.layout import boot, hidden
+from lastgood.repo.layout import boot, hidden, own
 from lastgood.repo.read import id_at
 from lastgood.store import fs, local
 
@@ -116,6 +116,7 @@ def take(root: Path, id: str, name: str, seconds: float) -> Held | None:
     import threading  # what only looks starts faster without
 
     check(seconds)
+    own(root)
     local.make_dirs(hidden(root, FOLDER))
     path = hidden(root, FOLDER, f"{id}.{fs.system.token(4)}")
     held = Held(path, _from_now(float(seconds), 0), threading.Event(), threading.RLock())
@@ -202,7 +203,7 @@ def _leases(root: Path) -> list[tuple[str, Lease | None]]:
             except OSError as error:
                 if error.errno not in (errno.ENOENT, errno.ESTALE):  # else it was dropped meanwhile
                     found.append((name, UNREADABLE))
-            except (msgspec.MsgspecError, RecursionError):
+            except (ValueError, msgspec.MsgspecError, RecursionError):  # ValueError: not UTF-8
                 found.append((name, None))
     return found
 

@@ -14,7 +14,8 @@ from typing import Any
 from filelock import BaseFileLock, FileLock, Timeout
 
 from lastgood.errors import RunLocked
-from lastgood.repo.layout import boot, hidden
+from lastgood.repo.layout import boot, hidden, own
+from lastgood.repo.run import check_format
 from lastgood.store import fs, local
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -33,11 +34,15 @@ class RunLock:
         self._lock = _file_lock(self._file)
 
     def acquire(self, *, takeover: bool = False, anonymous: bool = False) -> None:
-        """Raises RunLocked at once if a living process holds the run. takeover: fence that process off instead.
+        """Raises RunLocked at once if a living process holds the run, Refused where links lead out of it, NewerFormat.
+
+        takeover: fence that process off instead.
 
         anonymous: go on without the card that names the holder where a full disk has no room for it, so that space
         can be freed there.
         """
+        own(self._root)
+        check_format(self._root)
         try:
             local.make_dirs(self._file.parent)
         except OSError as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 from lastgood.errors import UsageError
 from lastgood.model import finite
 from lastgood.repo.journal import lines
-from lastgood.repo.layout import HIDDEN, hidden
+from lastgood.repo.layout import HIDDEN, hidden, own
 from lastgood.store import local
 
 LIMIT = 16 << 20
@@ -27,6 +27,7 @@ def record(root: Path, id: str, step: int, values: Mapping[str, object]) -> None
     two machines: over NFS a write "at the end" goes to where the end was when the file was last looked at.
     """
     plain = {name: _plain(value) for name, value in values.items()}
+    own(root)
     local.make_dirs(hidden(root, "metrics"))
     line = json.dumps({"step": step, "metrics": plain}, allow_nan=False)
     with _alone(root):
@@ -38,7 +39,7 @@ def record(root: Path, id: str, step: int, values: Mapping[str, object]) -> None
 def checked(name: str, value: object) -> float:
     """The value that somebody gives a metric by hand; NaN is one, and ranks nowhere. Raises UsageError."""
     if not name or not name.isprintable() or len(name) > 200 or any(c.isspace() for c in name):
-        raise UsageError(f"{name!r} can't be the name of a metric", hint="no spaces: mmlu=0.61")
+        raise UsageError(f"{name[:100]!r} can't be the name of a metric", hint="no spaces: mmlu=0.61")
     if hasattr(value, "item"):  # numpy scalars and 0-dim tensors
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lastgood.errors import CorruptCheckpoint, RunLocked, UsageError
-from lastgood.repo.layout import hidden
+from lastgood.repo.layout import hidden, own
 from lastgood.store import local
 
 NAME, NOTES = "pins.json", "notes.json"
@@ -31,7 +31,7 @@ def check_name(name: str) -> str:
         or not name.isprintable()
     ):
         raise UsageError(
-            f"{name!r} can't be a tag",
+            f"{name[:100]!r} can't be a tag",
             hint="as in git: no spaces, no '..', none of ~^:?*[\\, no '.' or '.lock' at an end",
         )
     if RESERVED.fullmatch(name):
@@ -132,6 +132,7 @@ def alone(root: Path) -> Iterator[None]:
     """Two people who tag at the same moment must not lose one of the tags. Not the run's lock: training goes on."""
     from filelock import FileLock, Timeout  # reading needs none of it
 
+    own(root)
     lock = FileLock(hidden(root, "pins.lock"), timeout=10)
     try:
         with lock:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lastgood.repo import journal
-from lastgood.repo.layout import hidden
+from lastgood.repo.layout import hidden, own
 from lastgood.store import fs, local
 
 SAVE, STOP = "save-now", "save-and-stop"
@@ -23,6 +23,7 @@ PAUSE = 1.0
 
 def ask(root: Path, *, stop: bool) -> None:
     """Leave the request there; one that is there already is the same. Raises OSError."""
+    own(root)
     with suppress(FileExistsError):
         local.write(hidden(root, STOP if stop else SAVE), [], sync=False)
 

@@ -10,7 +10,8 @@ from typing import TypeVar
 
 import msgspec
 
-from lastgood.model import Head
+from lastgood.format.manifest import NewerFormat
+from lastgood.model import FORMAT, Head
 from lastgood.repo.layout import hidden, new_id
 from lastgood.store import local
 
@@ -28,6 +29,16 @@ def read_run(root: Path, *, sure: bool = False) -> str | None:
     """The id of the run in this directory; None where there is none (or it isn't readable). sure: see `records`."""
     identity = _read(hidden(root, RUN), _Identity, sure)
     return None if identity is None else identity.run
+
+
+def check_format(root: Path) -> None:
+    """Before anything is written: nothing there is a later release's. Raises NewerFormat."""
+    identity = _read(hidden(root, RUN), _Identity)
+    if identity is not None and identity.format > FORMAT:
+        raise NewerFormat(
+            f"{hidden(root, RUN)} has format {identity.format}, this version of lastgood writes {FORMAT}",
+            hint="use a newer lastgood; nothing was changed",
+        )
 
 
 def start_run(root: Path, run: str | None = None) -> str:
@@ -81,7 +92,7 @@ def _read(path: Path, kind: type[T], sure: bool) -> T | None:
         if sure and local.passing(error):
             raise
         return None
-    except (msgspec.MsgspecError, RecursionError):
+    except (ValueError, msgspec.MsgspecError, RecursionError):  # ValueError: not UTF-8
         return None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lastgood.errors import NotSupported
-from lastgood.redact import masked
+from lastgood.redact import holds_secret
 from lastgood.state import tree
 
 OMEGA = "omegaconf."
@@ -50,8 +50,8 @@ def hyperparameters(values: Any, tensors: dict[str, torch.Tensor], where: str) -
     kept: dict[str, Any] = {}
     left: dict[str, str] = {}
     for name, value in dict(plain(values)).items():
-        if masked(str(name), value) == "***":
-            left[str(name)] = "its name says that it is a secret"
+        if holds_secret(str(name), value):
+            left[str(name)] = "it is, or holds, a secret"
             continue
         own: dict[str, torch.Tensor] = {}
         try:

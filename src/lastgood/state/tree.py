@@ -68,24 +68,31 @@ def _encode_mapping(value: Mapping[Any, Any], tensors: dict[str, torch.Tensor], 
 
 
 def decode(value: JSON, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """The inverse of `encode`. Raises CorruptCheckpoint for a tensor that isn't there or an unknown `$` word."""
+    """The inverse of `encode`. Raises CorruptCheckpoint for what `encode` didn't write, or a lost tensor."""
+    try:
+        return _decode(value, tensors)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise CorruptCheckpoint(f"resume.json holds what was never saved: {str(error)[:200]}") from error
+
+
+def _decode(value: JSON, tensors: Mapping[str, torch.Tensor]) -> Any:
     if isinstance(value, list):
-        return [decode(item, tensors) for item in value]
+        return [_decode(item, tensors) for item in value]
     if not isinstance(value, dict):
         return value
     if len(value) != 1 or not next(iter(value)).startswith("$"):
-        return {key: decode(item, tensors) for key, item in value.items()}
+        return {key: _decode(item, tensors) for key, item in value.items()}
     word, body = next(iter(value.items()))
     if word == "$tensor":
         if body not in tensors:
             raise CorruptCheckpoint(f"tensor {body!r} is named in resume.json and stored nowhere")
         return tensors[body]
     if word == "$tuple":
-        return tuple(decode(item, tensors) for item in body)
+        return tuple(_decode(item, tensors) for item in body)
     if word == "$set":
-        return {decode(item, tensors) for item in body}
+        return {_decode(item, tensors) for item in body}
     if word == "$map":
-        return {decode(key, tensors): decode(item, tensors) for key, item in body}
+        return {_decode(key, tensors): _decode(item, tensors) for key, item in body}
     if word == "$float":
         return float(body)
     if word == "$bytes":
@@ -95,7 +102,10 @@ def decode(value: JSON, tensors: Mapping[str, torch.Tensor]) -> Any:
     if word == "$array":
         return np.frombuffer(base64.b64decode(body[2]), dtype=np.dtype(body[0])).reshape(body[1]).copy()
     if word == "$dtype":
-        return getattr(torch, body)
+        found = getattr(torch, body, None)
+        if not isinstance(found, torch.dtype):
+            raise CorruptCheckpoint(f"resume.json names {body[:100]!r}, which is no dtype of this torch")
+        return found
     if word == "$device":
         return torch.device(body)
     raise CorruptCheckpoint(f"resume.json uses {word!r}, which this version does not know")

@@ -112,7 +112,7 @@ def _config(directory: Path) -> dict[str, Any]:
         config = json.loads(local.read((directory / CONFIG).resolve(), 16 << 20))
     except OSError as error:
         raise NoCheckpoint(f"{directory} holds no adapter: {CONFIG}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptCheckpoint(f"{directory / CONFIG}: {error}") from error
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise CorruptCheckpoint(f"{directory / CONFIG} isn't the configuration of an adapter")
