@@ -8,7 +8,8 @@ that fails leaves every earlier checkpoint as it was.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -88,8 +89,9 @@ class Manager:
             lock = RunLock(self.root)
             lock.acquire(takeover=takeover)
             self._lock = lock
-            gc.sweep(self.root, self._sightings)
-            self._recover_identity()
+            with self._fenced():
+                gc.sweep(self.door, self._sightings)
+                self._recover_identity()
         except OSError as error:
             if self._lock is not None:  # who can't write to the run doesn't keep others from it
                 self._lock.release()
@@ -107,16 +109,17 @@ class Manager:
             return
         runs = {record.manifest.run for record in self.records() if record.manifest is not None}
         if len(runs) == 1:
-            start_run(self.root, runs.pop())
+            start_run(self.door, runs.pop())
             warn(f"{self.root} had no readable run.json; the run was recognised by its checkpoints")
 
     def begin_fresh(self) -> None:
         """A new run: checkpoints that are already in the directory become foreign and are never touched."""
         others = [record.name for record in self.records() if record.state != "incomplete"]
-        self.run = start_run(self.root)
+        with self._fenced():
+            self.run = start_run(self.door)
         self.lineage, self.next, self.parent, self.saved = (), 1, None, {}
-        write_policy(self.root, self.keep.options())
-        journal.append(self.root, "started", run=self.run, others=others)
+        write_policy(self.door, self.keep.options())
+        journal.append(self.door, "started", run=self.run, others=others)
 
     def begin_from(self, record: Record) -> None:
         """Continue from a checkpoint of this run; from an older one, a branch begins."""
@@ -131,16 +134,22 @@ class Manager:
         if left or not record.current:
             # Written down before training goes on: otherwise a crash before the first save of the
             # new branch would hand the abandoned one to the next resume.
-            write_head(self.root, Head(run=self.run, lineage=manifest.lineage, next=self.next))
-        write_policy(self.root, self.keep.options())
-        journal.append(self.root, "resumed", step=record.step, id=record.id, left=[r.name for r in left])
+            with self._fenced():
+                write_head(self.door, Head(run=self.run, lineage=manifest.lineage, next=self.next))
+        write_policy(self.door, self.keep.options())
+        journal.append(self.door, "resumed", step=record.step, id=record.id, left=[r.name for r in left])
 
     def close(self, event: str = "closed", **facts: str) -> None:
         """Give the run back. Safe to call twice. facts: for the journal, beside the event."""
         if self._lock is not None:
-            journal.append(self.root, event, run=self.run, **facts)
+            journal.append(self.door, event, run=self.run, **facts)
             self._lock.release()
             self._lock = None
+
+    @property
+    def door(self) -> Path:
+        """The run's directory for whatever changes something in it: calls fail after another process took over."""
+        return self.root if self._lock is None else self._lock.door
 
     def records(self) -> tuple[Record, ...]:
         """The checkpoints of the directory as they are now. Raises Unreadable if the system can't look just now."""
@@ -172,7 +181,7 @@ class Manager:
             self._still_ours()
             seq, self.next = self.next, self.next + 1
             record = commit(
-                self.root,
+                self.door,
                 staging,
                 run=self.run,
                 step=step,
@@ -193,7 +202,7 @@ class Manager:
         self.lineage, self.parent = record.manifest.lineage, record.id
         self.saved[step] = record
         seconds = round(time.perf_counter() - started, 4)
-        journal.append(self.root, "saved", step=step, id=record.id, bytes=record.size, seconds=seconds)
+        journal.append(self.door, "saved", step=step, id=record.id, bytes=record.size, seconds=seconds)
         return record
 
     def retain(self) -> tuple[policy.Decision, ...]:
@@ -207,11 +216,12 @@ class Manager:
             return ()
         decisions = policy.decide(found, self.keep, protect=stay)
         try:
-            gc.execute(self.root, gc.plan([d.record for d in decisions], decisions), sightings=self._sightings)
-            leases.sweep(self.root, self._sightings)
+            with self._fenced():
+                gc.execute(self.door, gc.plan([d.record for d in decisions], decisions), sightings=self._sightings)
+                leases.sweep(self.door, self._sightings)
         except OSError as error:
             # Too much on disk is better than a run that dies; the next save tries again.
-            warn(f"retention: {error}; nothing that is kept was touched, the rest goes at the next save")
+            warn(f"retention: {self._told(error)}; nothing that is kept was touched, the rest goes at the next save")
         return decisions
 
     def record(self, step: int, values: Mapping[str, object]) -> None:
@@ -220,9 +230,10 @@ class Manager:
         if record is None:
             return
         try:
-            metrics.record(self.root, record.id, step, values)
+            with self._fenced():
+                metrics.record(self.door, record.id, step, values)
         except OSError as error:
-            warn(f"the metrics of step {step} could not be written ({error}); they don't count for best")
+            warn(f"the metrics of step {step} could not be written ({self._told(error)}); they don't count for best")
 
     def poison(self, first: int, reason: str) -> tuple[Record, ...]:
         """Mark what this process saved at step `first` and later: its state was unhealthy already. Returns those.
@@ -235,14 +246,30 @@ class Manager:
             sick = [r for step, r in self.saved.items() if step >= first and r.id in there]
             if not sick:
                 return ()
-            poison.mark(self.root, {record.id: reason for record in sick})
+            with self._fenced():
+                poison.mark(self.door, {record.id: reason for record in sick})
         except (OSError, LastgoodError) as error:
+            self._still_ours()
             names = ", ".join(r.name for r in sick) or f"the checkpoints from step {first} on"
             warn(f"{names} could not be marked as poisoned ({error})")
             return ()
         for record in sick:
-            journal.append(self.root, "poisoned", step=record.step, id=record.id, reason=reason)
+            journal.append(self.door, "poisoned", step=record.step, id=record.id, reason=reason)
         return tuple(sick)
+
+    @contextmanager
+    def _fenced(self) -> Iterator[None]:
+        """What fails inside because another process took over is RunLocked, and so is what nobody noticed."""
+        try:
+            yield
+        except OSError:
+            self._still_ours()
+            raise
+        self._still_ours()
+
+    def _told(self, error: OSError) -> str:
+        """An error without the detour that its path takes through the fence."""
+        return str(error).replace(f"{self.door}", f"{self.root}")
 
     def _still_ours(self) -> None:
         if self._lock is not None and not self._lock.still_held():
@@ -255,11 +282,11 @@ class Manager:
         free, inodes = local.free(self.root)
         if free >= estimate + RESERVE and (inodes < 0 or inodes > 64):
             return
-        gc.sweep(self.root, self._sightings)  # leftovers of interrupted saves and deletions are the first to go
+        gc.sweep(self.door, self._sightings)  # leftovers of interrupted saves and deletions are the first to go
         free, inodes = local.free(self.root)
         # In vain it isn't emptied: without enough in it, the save fails just the same.
         enough = free + bin.size(self.root) >= estimate + RESERVE
-        if enough and (free < estimate + RESERVE or 0 <= inodes <= 64) and bin.empty(self.root):
+        if enough and (free < estimate + RESERVE or 0 <= inodes <= 64) and bin.empty(self.door):
             say("the space of what `lastgood prune` had removed was needed: it can't be undone any more")
             free, inodes = local.free(self.root)
         if free < estimate + RESERVE or 0 <= inodes <= 64:
@@ -273,7 +300,9 @@ class Manager:
         self.failures += 1
         fatal = isinstance(error, (RunLocked, NotSupported)) or not isinstance(error, Exception)
         if not fatal:
-            journal.append(self.root, "failed", step=step, error=str(error))
+            self._still_ours()  # otherwise that is why it failed: what it needed was taken away
+        if not fatal:
+            journal.append(self.door, "failed", step=step, error=str(error))
         if isinstance(error, OSError) and not isinstance(error, LastgoodError):
             error = failure(self.root / layout.HIDDEN, error)  # from a library that wrote a file of its own
         if fatal or (self.on_error == "raise" and isinstance(error, LastgoodError)):
@@ -325,7 +354,9 @@ class Manager:
         for name in names:
             if run is None or not _carries(self.root / name, run):
                 continue
-            say(f"{name} is damaged; moved to {quarantine(self.root, name)}")
+            with self._fenced():
+                place = quarantine(self.door, name)
+            say(f"{name} is damaged; moved to {place}")
 
 
 def _carries(path: Path, run: str) -> bool:

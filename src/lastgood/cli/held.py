@@ -56,10 +56,13 @@ def _until_typed() -> None:
 
 
 @contextlib.contextmanager
-def held(root: Path, dry_run: bool) -> Iterator[None]:
-    """The run's writer lock for a verb that changes checkpoints. Raises RunLocked while a training run has it."""
+def held(root: Path, dry_run: bool) -> Iterator[Path]:
+    """The run's writer lock for a verb that changes checkpoints. Raises RunLocked while a training run has it.
+
+    Gives the run's directory as changes have to name it: they fail if a training takes over meanwhile.
+    """
     if dry_run:
-        yield
+        yield root
         return
     for name in ("", *HIDDEN_FOLDERS):
         if (root / HIDDEN / name).is_symlink():
@@ -73,7 +76,11 @@ def held(root: Path, dry_run: bool) -> Iterator[None]:
             hint="a running training prunes by itself; pins, tags and metrics can be changed meanwhile",
         ) from None
     try:
-        gc.sweep(root) if (root / HIDDEN).is_dir() else None
-        yield
+        gc.sweep(lock.door) if (root / HIDDEN).is_dir() else None
+        yield lock.door
+    except FileNotFoundError:
+        if lock.door == root or lock.still_held():
+            raise
+        raise RunLocked(f"a training took {root} over meanwhile; what was done until then is complete") from None
     finally:
         lock.release()

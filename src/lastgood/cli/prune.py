@@ -59,7 +59,7 @@ def prune(
     """
     path = run_at(root, run)
     scope = Scope(stock, abandoned, incomplete)
-    with held(path, dry_run):
+    with held(path, dry_run) as door:
         if empty_trash:
             _empty(path, style, dry_run, yes)
             return
@@ -97,10 +97,10 @@ def prune(
             if decision.action == "keep" and decision.record.ours and not decision.record.id:
                 manifest = decision.record.manifest
                 local.sync_tree(path / decision.record.name, list(manifest.files) if manifest is not None else [])
-        number = None if free_now else bin.begin(path, "prune")
-        gc.execute(path, todo, undoable=number)
+        number = None if free_now else bin.begin(door, "prune")
+        gc.execute(door, todo, undoable=number)
         for record in broken:
-            _remove(path, record, number)
+            _remove(door, record, number)
         told(total, free_now)
 
 

@@ -176,9 +176,9 @@ def _quarantine(path: Path) -> None:
 def _set_aside(path: Path, husks: Sequence[Record]) -> None:
     if not husks:
         return
-    with RunLock(path):
+    with RunLock(path) as lock:
         for record in husks:
-            place = quarantine(path, record.name)
+            place = quarantine(lock.door, record.name)
             why = f"was half-written ({record.problem})" if record.problem else "is damaged"
             why = f"is poisoned ({record.poisoned})" if record.poisoned else why
             say(f"{record.name} {why}; moved to {place}")
@@ -200,11 +200,11 @@ def _tidier(alone: Callable[[], Path], rules: dict[str, Any]) -> Callable[[bool]
         if not done:  # the one that is being written is not looked into again and again
             return
         try:
-            with RunLock(path):
+            with RunLock(path) as lock:
                 chains, _ = candidates(view, done)
                 adopt(path, chains)
                 decisions = plan(look(path, sure=True), rules)
-                gc.execute(path, gc.plan([d.record for d in decisions], decisions))
+                gc.execute(lock.door, gc.plan([d.record for d in decisions], decisions))
         except RunLocked:
             return
 

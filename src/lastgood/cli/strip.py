@@ -31,7 +31,7 @@ def strip(root: str | None, revs: tuple[str, ...], style: Style, now: bool | Non
     The last good checkpoint and pinned or tagged ones are refused: a run must stay resumable.
     """
     path, first = place(root, revs[0])
-    with held(path, dry_run):
+    with held(path, dry_run) as door:
         view = look(path, sure=True)
         named = [pick(view, word) for word in (*((first,) if first else ()), *revs[1:])]
         chosen = list({record.name: record for record in named}.values())  # one by two names is stripped once
@@ -45,7 +45,7 @@ def strip(root: str | None, revs: tuple[str, ...], style: Style, now: bool | Non
         if dry_run:
             return
         confirm(f"strip {len(todo.items)} checkpoints?", yes)
-        gc.execute(path, todo, undoable=None if free_now else bin.begin(path, "strip"))
+        gc.execute(door, todo, undoable=None if free_now else bin.begin(door, "strip"))
         told(todo.bytes, free_now)
 
 
@@ -70,6 +70,6 @@ def _may_strip(record: Record, good: Record | None, protect: Mapping[str, str]) 
 def undo(root: str | None, yes: bool) -> None:
     """Bring back what the last `prune` or `strip` moved to the trash; again for the one before."""
     path = run_at(root, None)
-    with held(path, False):
-        for line in bin.undo(path):
+    with held(path, False) as door:
+        for line in bin.undo(door):
             click.echo(line)

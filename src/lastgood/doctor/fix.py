@@ -65,7 +65,7 @@ def execute(disk: Disk, todo: Sequence[Step], *, since: float | None = None) -> 
         for step in todo:
             repair = step.repair
             if repair.kind == "quarantine":
-                yield f"{step.code}  {repair.name} is now {quarantine(disk.root, repair.name)}"
+                yield f"{step.code}  {repair.name} is now {quarantine(lock.door, repair.name)}"
             elif repair.kind == "relink":
                 yield f"{step.code}  {repair.name} is corrected{_relink(disk.root, repair)}"
         if any(step.repair.kind == "adopt" for step in todo):

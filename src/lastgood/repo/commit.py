@@ -10,6 +10,7 @@ from lastgood.errors import Conflict
 from lastgood.format import manifest as codec
 from lastgood.model import FORMAT, Manifest, Record, Span, State, checkpoint_name, on_lineage
 from lastgood.repo import journal, leases, poison
+from lastgood.repo.layout import plain
 from lastgood.repo.read import records
 from lastgood.repo.staging import Staging, explained
 from lastgood.store import local
@@ -55,7 +56,7 @@ def commit(
         _publish(staging.directory, root / name)
     if local.read(root / name / codec.NAME, codec.LIMIT) != content:
         raise Conflict(
-            f"{root / name} was written by somebody else at the same moment", hint="run one writer at a time"
+            f"{plain(root) / name} was written by somebody else at the same moment", hint="run one writer at a time"
         )
     state: State = "full" if manifest.full else "weights"
     return Record(name=name, step=step, state=state, manifest=manifest, poisoned=poison.reason(manifest, {}))

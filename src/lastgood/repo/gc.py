@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -163,6 +164,17 @@ def _guard(directory: Path, light: Manifest) -> None:
                 local.replace(directory / name, guard.content(name))
 
 
+def _clear(root: Path, place: str, name: str) -> None:
+    """Out of the way first: who was fenced off may be writing there, or removing it, this very moment."""
+    at = hidden(root, place, name)
+    with suppress(FileNotFoundError):
+        if place == "tmp":
+            hole = grave(root)
+            local.vanish(at, hole)
+            at = hole
+        local.remove(at)
+
+
 def sweep(root: Path, sightings: leases.Sightings | None = None) -> None:
     """Remove what interrupted saves, deletions and strips left. Only the holder of the run's lock may call it.
 
@@ -173,7 +185,7 @@ def sweep(root: Path, sightings: leases.Sightings | None = None) -> None:
     for place in ("tmp", "trash"):
         if not hidden(root, place).is_symlink():  # what is behind a link isn't ours to delete
             for name in local.names(hidden(root, place)):
-                local.remove(hidden(root, place, name))
+                _clear(root, place, name)
     for name in local.names(root):
         if name.startswith(GRAVE):
             local.remove(root / name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from lastgood.store import fs
 HIDDEN = ".lastgood"
 MANIFEST = "lastgood.json"
 _NAME = re.compile(r"checkpoint-([0-9]{1,18})(?:\.[0-9a-f]{8})?")
+_FENCE = re.compile(r"writer\.[0-9a-f]{16}")
 
 
 def step_of(name: str) -> int | None:
@@ -51,6 +53,33 @@ def own(root: Path) -> None:
             f"{link} is a link: what is behind it isn't ours to change or delete",
             hint="put back what was there, or remove the link; nothing was changed",
         )
+
+
+def fence(root: Path, nonce: str) -> Path:
+    """The directory that is there as long as the writer with this name may write."""
+    return hidden(root, f"writer.{nonce}")
+
+
+def is_fence(name: str) -> bool:
+    return _FENCE.fullmatch(name) is not None
+
+
+def through(fence: Path) -> Path:
+    """The run's directory, spelt through a writer's fence: where that is gone, every call with such a path fails.
+
+    To ask "is it still ours?" and then to act leaves a moment between the two, in which a process may be stopped for
+    hours. So the system is asked by the same call that acts.
+    """
+    return fence / ".." / ".."
+
+
+def plain(path: Path) -> Path:
+    """The same path without a detour through a fence: for people, and for what makes missing directories."""
+    parts = path.parts
+    for at, part in enumerate(parts):
+        if is_fence(part) and parts[at - 1] == HIDDEN and parts[at + 1 : at + 3] == ("..", ".."):
+            return Path(*parts[: at - 1], *parts[at + 3 :])
+    return path
 
 
 def boot() -> str | None:

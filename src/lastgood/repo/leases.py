@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from lastgood.errors import UsageError
-from lastgood.repo.layout import boot, hidden, own
+from lastgood.repo.layout import boot, hidden, own, plain
 from lastgood.repo.read import id_at
 from lastgood.store import fs, local
 
@@ -179,7 +179,7 @@ def alone(root: Path, patience: float = 10.0) -> Iterator[bool]:
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(hidden(root, f"{FOLDER}.lock"), timeout=patience)
+    lock = FileLock(hidden(plain(root), f"{FOLDER}.lock"), timeout=patience)
     try:
         lock.acquire()
     except (OSError, Timeout):

@@ -1,4 +1,8 @@
-"""One writer per run: a lock that the kernel releases when its holder dies, and the name of the holder beside it."""
+"""One writer per run: a lock that the kernel releases when its holder dies, and the name of the holder beside it.
+
+A takeover can't interrupt the holder, which may be stopped between a look and an act. So the holder acts through its
+*fence*, a directory that the path of every change leads through (`layout.through`); a takeover removes it first.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,14 @@ import os
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
 from lastgood.errors import RunLocked
-from lastgood.repo.layout import boot, hidden, own
+from lastgood.repo.layout import boot, fence, hidden, is_fence, own, through
 from lastgood.repo.run import check_format
 from lastgood.store import fs, local
 
@@ -24,13 +29,20 @@ PATIENCE = 15.0
 
 
 class RunLock:
-    """Not reentrant. `still_held` is asked before every commit, because a takeover doesn't interrupt the holder."""
+    """Not reentrant. `still_held` is asked before every commit, and whatever changes the run goes through `door`.
+
+    door: the run's directory as this writer may name it; after a takeover no call with such a path gets anywhere.
+    Where no fence can be made (a full disk), it is the plain path.
+    """
 
     def __init__(self, root: Path) -> None:
+        self.door = root
         self._file = hidden(root, "lock")
         self._card = hidden(root, "lock.json")
         self._root = root
         self._nonce = fs.system.token(8)
+        self._fence = fence(root, self._nonce)
+        self._owner = os.getpid()
         self._lock = _file_lock(self._file)
 
     def acquire(self, *, takeover: bool = False, anonymous: bool = False) -> None:
@@ -54,18 +66,59 @@ class RunLock:
             local.unlink(self._file)
             self._lock = _file_lock(self._file)
         deadline = time.monotonic() + PATIENCE
-        while True:
-            try:
-                self._lock.acquire()
-                break
-            except Timeout:
-                holder = self.holder()
-                if time.monotonic() > deadline or not _dead(holder):
-                    raise RunLocked(
-                        f"{self._root} is being written by {described(holder)}",
-                        hint="wait for it or stop it; lastgood.manage(trainer, takeover=True) fences it off",
-                    ) from None
-                time.sleep(0.1)
+        while not self._tried():
+            holder = self.holder()
+            if time.monotonic() > deadline or not _dead(holder):
+                raise RunLocked(
+                    f"{self._root} is being written by {described(holder)}",
+                    hint="wait for it or stop it; lastgood.manage(trainer, takeover=True) fences it off",
+                )
+            time.sleep(0.1)
+        try:
+            self._fence_off_others()
+            self._write_card(anonymous)
+        except BaseException:
+            self._lower_fence()
+            self._lock.release(force=True)
+            raise
+
+    def _tried(self) -> bool:
+        """Whether the lock could be had. The fence first: who is stopped right behind the lock has one to lose."""
+        self._owner = os.getpid()
+        if not self._fence.parent.is_symlink():  # behind a link the way back leads elsewhere
+            with suppress(OSError):
+                fs.system.mkdir(self._fence)
+                self.door = through(self._fence)
+        try:
+            self._lock.acquire()
+        except BaseException as error:
+            self._lower_fence()
+            if isinstance(error, Timeout):
+                return False
+            raise
+        return True
+
+    def _fence_off_others(self) -> None:
+        """Through our own: of two who take over at once, at most one keeps its fence."""
+        for name in local.names(hidden(self.door)):
+            if is_fence(name) and name != self._fence.name:
+                with suppress(FileNotFoundError, NotADirectoryError):
+                    fs.system.rmdir(hidden(self.door, name))
+        self._check_fence()
+
+    def _check_fence(self) -> None:
+        if not self._fence_stands():
+            raise RunLocked(f"another process took over {self._root} at the same moment", hint="launch it once")
+
+    def _fence_stands(self) -> bool:
+        return self.door == self._root or self._fence.is_dir()
+
+    def _lower_fence(self) -> None:
+        with suppress(OSError):
+            fs.system.rmdir(self._fence)
+        self.door = self._root
+
+    def _write_card(self, anonymous: bool) -> None:
         card = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -76,19 +129,25 @@ class RunLock:
             "nonce": self._nonce,
         }
         try:
-            local.replace(self._card, f"{json.dumps(card)}\n".encode())
+            local.replace(hidden(self.door, self._card.name), f"{json.dumps(card)}\n".encode())
         except OSError as error:
+            self._check_fence()
             if not anonymous or error.errno not in FULL:
                 raise
 
     def release(self) -> None:
-        """Let the next one in."""
+        """Let the next one in. In a forked process nothing happens: the lock is its parent's."""
+        if os.getpid() != self._owner:
+            return
         if self.still_held():
-            local.unlink(self._card)
+            local.unlink(hidden(self.door, self._card.name))
+        self._lower_fence()
         self._lock.release(force=True)
 
     def still_held(self) -> bool:
-        """False after another process took over."""
+        """False after another process took over, and in a forked process."""
+        if os.getpid() != self._owner or not self._fence_stands():
+            return False
         return self._lock.is_locked and self.holder().get("nonce") == self._nonce
 
     def holder(self) -> dict[str, Any]:

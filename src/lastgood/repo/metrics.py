@@ -11,7 +11,7 @@ from pathlib import Path
 from lastgood.errors import UsageError
 from lastgood.model import finite
 from lastgood.repo.journal import lines
-from lastgood.repo.layout import HIDDEN, hidden, own
+from lastgood.repo.layout import HIDDEN, hidden, own, plain
 from lastgood.store import local
 
 LIMIT = 16 << 20
@@ -55,7 +55,7 @@ def _alone(root: Path) -> Iterator[None]:
     """Nobody else adds metrics meanwhile. Where there are no locks, or one is stopped while it holds it: without."""
     from filelock import FileLock, Timeout  # reading needs none of it
 
-    lock = FileLock(hidden(root, "metrics.lock"), timeout=2)
+    lock = FileLock(hidden(plain(root), "metrics.lock"), timeout=2)
     try:
         lock.acquire()
     except (OSError, Timeout):

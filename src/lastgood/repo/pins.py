@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lastgood.errors import CorruptCheckpoint, RunLocked, UsageError
-from lastgood.repo.layout import hidden, own
+from lastgood.repo.layout import hidden, own, plain
 from lastgood.store import local
 
 NAME, NOTES = "pins.json", "notes.json"
@@ -132,8 +132,8 @@ def alone(root: Path) -> Iterator[None]:
     """Two people who tag at the same moment must not lose one of the tags. Not the run's lock: training goes on."""
     from filelock import FileLock, Timeout  # reading needs none of it
 
-    own(root)
-    lock = FileLock(hidden(root, "pins.lock"), timeout=10)
+    own(plain(root))
+    lock = FileLock(hidden(plain(root), "pins.lock"), timeout=10)
     try:
         with lock:
             yield

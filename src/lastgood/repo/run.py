@@ -33,7 +33,7 @@ def read_run(root: Path, *, sure: bool = False) -> str | None:
 
 def check_format(root: Path) -> None:
     """Before anything is written: nothing there is a later release's. Raises NewerFormat."""
-    identity = _read(hidden(root, RUN), _Identity)
+    identity = _read(hidden(root, RUN), _Identity, False)
     if identity is not None and identity.format > FORMAT:
         raise NewerFormat(
             f"{hidden(root, RUN)} has format {identity.format}, this version of lastgood writes {FORMAT}",

@@ -14,7 +14,7 @@ from lastgood.errors import NotEnoughSpace, SaveFailed
 from lastgood.format import tensors as safetensors
 from lastgood.format.manifest import safe_name
 from lastgood.model import FileEntry
-from lastgood.repo.layout import hidden, new_id
+from lastgood.repo.layout import hidden, new_id, plain
 from lastgood.store import local
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -112,7 +112,7 @@ def explained(path: Path) -> Iterator[None]:
 
 def failure(path: Path, error: OSError) -> SaveFailed:
     """The SaveFailed for an OSError at `path`."""
-    kind = NotEnoughSpace if error.errno in FULL else SaveFailed
+    kind, path = NotEnoughSpace if error.errno in FULL else SaveFailed, plain(path)
     try:
         space, _ = local.free(path.parent)
         left = f", {space} bytes free"

@@ -163,6 +163,8 @@ def make_dirs(path: Path) -> None:
     missing = []
     at = path
     while not at.is_dir():
+        if at.name == "..":  # whatever it led through is gone, and isn't ours to bring back
+            raise FileNotFoundError(2, os.strerror(2), os.fspath(path))
         missing.append(at)
         at = at.parent
     for directory in reversed(missing):

@@ -131,7 +131,7 @@ class Session:
             self.manager.saved[target.record.step] = target.record
         else:
             self.manager.begin_fresh()
-            journal.append(self.manager.root, "continued", source=target.path.name, step=target.record.step)
+            journal.append(self.manager.door, "continued", source=target.path.name, step=target.record.step)
         self.saved_step = self.resumed = target.record.step
         left = landing.saved["lightning"]["left_out"]
         self.report = Report(
@@ -162,7 +162,7 @@ class Session:
             )
         self.manager.begin_fresh()
         if trainer.ckpt_path:
-            journal.append(self.manager.root, "continued", source=str(trainer.ckpt_path), step=trainer.global_step)
+            journal.append(self.manager.door, "continued", source=str(trainer.ckpt_path), step=trainer.global_step)
 
     def model_ready(self, module: Any) -> None:
         """The model is built and nothing was loaded into it yet."""

@@ -127,9 +127,9 @@ class CheckpointManager:
             self.report, step = restoring.restore(self, target, match)
             origin = target.path.name if target.record is None else target.record.id
             say(str(self.report))
-        self._recorder.begin(self._run.root, run=self._run.run, start=step, checkpoint=origin)
+        self._recorder.begin(self._run.door, run=self._run.run, start=step, checkpoint=origin)
         self._stack.enter_context(self._occasions.listening())
-        self._occasions.begin(self._run.root, step, self.epoch)
+        self._occasions.begin(self._run.door, step, self.epoch)
         self._guard.begin(self._run, origin)
         self._began = step
         self._boundary = Boundary.here(step, self.parts)

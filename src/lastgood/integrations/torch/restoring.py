@@ -55,7 +55,7 @@ def restore(manager: CheckpointManager, target: Target, match: Match) -> tuple[R
         manager._run.saved[record.step] = record
     else:
         manager._run.begin_fresh()
-        journal.append(manager._run.root, "continued", source=target.path.name, step=step)
+        journal.append(manager._run.door, "continued", source=target.path.name, step=step)
     for part, apply in ready:
         if apply is not None:
             restored.append((part.name, _applied(part.name, apply, record)))

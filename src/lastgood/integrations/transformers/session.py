@@ -164,16 +164,16 @@ class Session:
         }
         if target is None:
             self.live.begin_fresh()
-            self.recorder.begin(self.live.root, run=self.live.run, start=0, checkpoint="")
+            self.recorder.begin(self.live.door, run=self.live.run, start=0, checkpoint="")
             return
         if target.own and target.record is not None:
             self.live.begin_from(target.record)
             self.live.saved[target.record.step] = target.record
         else:
             self.live.begin_fresh()
-            journal.append(self.live.root, "continued", source=target.path.name, step=state.global_step)
+            journal.append(self.live.door, "continued", source=target.path.name, step=state.global_step)
         origin = target.path.name if target.record is None else target.record.id
-        self.recorder.begin(self.live.root, run=self.live.run, start=state.global_step, checkpoint=origin)
+        self.recorder.begin(self.live.door, run=self.live.run, start=state.global_step, checkpoint=origin)
         state.compute_steps(self.trainer.args, state.max_steps)
         self._set_best(self.live.records())
         if self.source is not None:
@@ -184,7 +184,7 @@ class Session:
     def training_begins(self) -> None:
         """The Trainer has set its loss window to zero: put back what was in it, then report."""
         state, record = self.trainer.state, None if self.target is None else self.target.record
-        self.occasions.begin(self.live.root, state.global_step, state.epoch or 0.0)
+        self.occasions.begin(self.live.door, state.global_step, state.epoch or 0.0)
         self.guard.begin(self.live, "" if record is None else record.id)
         progress = {} if self.source is None else self.source.resume.get("progress", {})
         if progress and not self.finished:
@@ -314,7 +314,7 @@ class Session:
             self._set_best(self.live.records())
             if step == self.saved_step and not self.trainer.args.save_only_model:
                 changed = capture.after_evaluation(self.trainer, self.saved_rows)
-                after.write(self.live.root, self.live.saved[step].id, changed)
+                after.write(self.live.door, self.live.saved[step].id, changed)
         else:
             self.unsaved_metrics = {step: values}
 
