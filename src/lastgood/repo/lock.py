@@ -15,6 +15,7 @@ from typing import Any
 from filelock import BaseFileLock, FileLock, Timeout
 
 from lastgood.errors import RunLocked
+from lastgood.repo import reserve
 from lastgood.repo.layout import boot, hidden
 from lastgood.store import local
 
@@ -72,7 +73,7 @@ class RunLock:
             "nonce": self._nonce,
         }
         try:
-            local.replace(self._card, f"{json.dumps(card)}\n".encode())
+            reserve.spend(self._root, lambda: local.replace(self._card, f"{json.dumps(card)}\n".encode()))
         except OSError as error:
             if not anonymous or error.errno not in FULL:
                 raise

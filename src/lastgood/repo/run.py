@@ -11,6 +11,7 @@ from typing import TypeVar
 import msgspec
 
 from lastgood.model import Head
+from lastgood.repo import reserve
 from lastgood.repo.layout import hidden, new_id
 from lastgood.store import local
 
@@ -36,7 +37,7 @@ def start_run(root: Path, run: str | None = None) -> str:
     if run is None:
         # First the head: one of the old run must not be found beside the new identity.
         local.unlink(hidden(root, HEAD))
-    local.replace(hidden(root, RUN), _json(identity))
+    reserve.spend(root, lambda: local.replace(hidden(root, RUN), _json(identity)))
     return identity.run
 
 
@@ -48,7 +49,7 @@ def read_head(root: Path, run: str | None) -> Head | None:
 
 def write_head(root: Path, head: Head) -> None:
     """Durable when this returns."""
-    local.replace(hidden(root, HEAD), _json(head))
+    reserve.spend(root, lambda: local.replace(hidden(root, HEAD), _json(head)))
 
 
 def forget_head(root: Path) -> None:
