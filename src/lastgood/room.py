@@ -12,6 +12,7 @@ import msgspec
 
 from lastgood.model import Manifest, Record
 from lastgood.policy import Decision, Keep, decide
+from lastgood.ranking import ranking
 
 BLOCK = 4096
 """Bytes that the smallest file takes on common file systems."""
@@ -74,10 +75,12 @@ def in_advance(
     """Of what the policy lets go behind the save `coming` as much as makes up for `short`; () if all isn't enough.
 
     First the parts that only a resume needs, then whole checkpoints, the oldest first. proven: the newest one that was
-    verified just now; it stays as it is, and so does whatever is newer. gain: what a decision frees.
+    verified just now; it stays as it is, and so do whatever is newer and the best. gain: what a decision frees.
     """
     decisions = decide([*found, coming], keep, protect=protect)
+    winners = {record.name for name, mode in keep.monitors for record in ranking(found, name, mode)[:1]}
     queue = [d for d in decisions if d.action != "keep" and d.record.good and d.record.seq < proven.seq]
+    queue = [d for d in queue if d.record.name not in winners]  # not even to its weights, as long as it isn't proven
     queue.sort(key=lambda d: (d.action != "strip", d.record.seq))
     freed, todo = Amount(), []
     for decision in queue:

@@ -73,7 +73,11 @@ class RunLock:
             "nonce": self._nonce,
         }
         try:
-            reserve.spend(self._root, lambda: local.replace(self._card, f"{json.dumps(card)}\n".encode()))
+            content = f"{json.dumps(card)}\n".encode()
+            if anonymous:  # whoever frees space needs the reserve more than this card
+                local.replace(self._card, content)
+            else:
+                reserve.spend(self._root, lambda: local.replace(self._card, content))
         except OSError as error:
             if not anonymous or error.errno not in FULL:
                 raise
