@@ -17,14 +17,14 @@ from lastgood import policy
 from lastgood.errors import LastgoodError, NoCheckpoint, NotEnoughSpace, NotSupported, RunLocked, SaveFailed, UsageError
 from lastgood.model import Head, Record, Span, extend, next_seq
 from lastgood.policy import Keep
-from lastgood.recovery import UNADOPTED, first_good, in_order
+from lastgood.recovery import LOST_HEAD, UNADOPTED, first_good, in_order
 from lastgood.repo import free, gc, journal, layout, leases, metrics, poison, verify
 from lastgood.repo.commit import commit
 from lastgood.repo.lock import RunLock
 from lastgood.repo.protect import protected
 from lastgood.repo.quarantine import quarantine
 from lastgood.repo.read import records
-from lastgood.repo.run import read_head, read_run, start_run, write_head, write_policy
+from lastgood.repo.run import forget_head, lost_head, read_head, read_run, start_run, write_head, write_policy
 from lastgood.repo.space import OnFull, Space
 from lastgood.repo.staging import Staging, failure, lacked_room, open_staging
 from lastgood.room import SPARE
@@ -132,6 +132,8 @@ class Manager:
             # Written down before training goes on: otherwise a crash before the first save of the
             # new branch would hand the abandoned one to the next resume.
             write_head(self.root, Head(run=self.run, lineage=manifest.lineage, next=self.next))
+        elif lost_head(self.root):
+            forget_head(self.root)
         write_policy(self.root, self.keep.options())
         self.space.begin(manifest)
         journal.append(self.root, "resumed", step=record.step, id=record.id, left=[r.name for r in left])
@@ -288,6 +290,8 @@ class Manager:
         """
         everything = self.records()
         monitor, mode = self.keep.primary
+        if not isinstance(what, int) and (lost := lost_head(self.root)):
+            raise NoCheckpoint(lost, hint=LOST_HEAD)
         skipped = [(r.name, r.problem or r.state) for r in everything if r.state in ("incomplete", "foreign")]
         damaged = [r.name for r in everything if r.state == "incomplete"]
         choice = first_good(
@@ -305,6 +309,7 @@ class Manager:
         if isinstance(what, int):
             aside = [r.name for r in everything if r.step == what and r.ours and not r.current and r.state == "full"]
             skipped += [(name, f"another branch left {name}: its path resumes from it") for name in aside]
+            skipped += [(r.name, UNADOPTED) for r in everything if r.state == "stock" and r.step == what]
         listing = "".join(f"\n  {name}: {reason}" for name, reason in skipped)
         raise NoCheckpoint(
             f"{self.root} has no good checkpoint for {what!r}{listing}",

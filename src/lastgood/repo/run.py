@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TypeVar
 import msgspec
 
 from lastgood.model import Head
-from lastgood.repo import reserve
+from lastgood.repo import reserve, sealed
 from lastgood.repo.layout import hidden, new_id
 from lastgood.store import local
 
@@ -47,6 +48,17 @@ def read_head(root: Path, run: str | None) -> Head | None:
     return head if head is not None and head.run == run else None
 
 
+def lost_head(root: Path) -> str:
+    """Why nobody knows on which branch the run is, "" where that is known: a head that is there and can't be read.
+
+    Taking the newest save instead would go on with a branch that was left.
+    """
+    path = hidden(root, HEAD)
+    if not os.path.lexists(path) or _read(path, Head) is not None:
+        return ""
+    return f"{path} can't be read: whether the run went back to an earlier checkpoint isn't known"
+
+
 def write_head(root: Path, head: Head) -> None:
     """Durable when this returns."""
     reserve.spend(root, lambda: local.replace(hidden(root, HEAD), _json(head)))
@@ -54,7 +66,7 @@ def write_head(root: Path, head: Head) -> None:
 
 def forget_head(root: Path) -> None:
     """The run is where its newest checkpoint is."""
-    local.unlink(hidden(root, HEAD))
+    local.remove(hidden(root, HEAD))
 
 
 def write_policy(root: Path, options: Mapping[str, object]) -> None:
@@ -77,10 +89,11 @@ def read_policy(root: Path) -> dict[str, object]:
 
 def _read(path: Path, kind: type[T]) -> T | None:
     try:
-        return msgspec.json.decode(local.read(path, 1 << 20), type=kind)
-    except (OSError, msgspec.MsgspecError, RecursionError):
+        value = json.loads(local.read(path, 1 << 20))
+        return msgspec.convert(sealed.unseal(value), type=kind) if isinstance(value, dict) else None
+    except (OSError, ValueError, RecursionError):  # msgspec's and json's errors are ValueErrors
         return None
 
 
 def _json(value: msgspec.Struct) -> bytes:
-    return f"{json.dumps(msgspec.to_builtins(value), indent=1)}\n".encode()
+    return f"{json.dumps(sealed.seal(msgspec.to_builtins(value)), indent=1)}\n".encode()
