@@ -15,6 +15,7 @@ from transformers import set_seed
 
 import lastgood
 import loops
+from lastgood.cli.run import _enough
 from lastgood.errors import NotEnoughSpace, Preempted
 from lastgood.repo.layout import HIDDEN
 from test_crash_points import contents
@@ -147,6 +148,7 @@ def test_I3_I19_stop_ends_the_run_and_a_relaunch_goes_on(small: Path, expected: 
     assert steps(small) == [2]
     event = lastgood.open(small / "run").history[-1]
     assert event["event"] == "preempted" and event["by"] == "space"
+    assert "not launched again" in _enough(small / "run", 0.0), "`lastgood run` would only try in vain"
     before = first(small)
     status, log, _ = train(small, "", on_full="stop")  # the disk is still full: nothing gets lost by trying
     assert status == 75 and "resuming from checkpoint-2" in log and steps(small) == [2] and first(small) == before, log

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +29,8 @@ AGAIN = 600.0
 
 def free(root: Path) -> Amount:
     """What this user can still write there, by the disk and by the quota."""
-    files = quota.files(root)
-    return Amount(quota.room(root), UNCOUNTED if files < 0 else files)
+    room, files = quota.left(root)
+    return Amount(room, UNCOUNTED if files < 0 else files)
 
 
 def make_room(
@@ -113,5 +114,6 @@ class Patience:
                 if self.over():
                     return False
                 time.sleep(min(SLICE, left))
-            if free(root).covers(need):
-                return not self.over()
+            with suppress(OSError):  # a disk that can't be asked may come back, too
+                if free(root).covers(need):
+                    return not self.over()

@@ -91,7 +91,7 @@ def _read(path: Path, kind: type[T]) -> T | None:
     try:
         value = json.loads(local.read(path, 1 << 20))
         return msgspec.convert(sealed.unseal(value), type=kind) if isinstance(value, dict) else None
-    except (OSError, ValueError, RecursionError):  # msgspec's and json's errors are ValueErrors
+    except (OSError, ValueError, msgspec.MsgspecError, RecursionError):
         return None
 
 

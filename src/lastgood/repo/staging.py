@@ -17,7 +17,7 @@ from lastgood.format.manifest import safe_name
 from lastgood.model import FileEntry
 from lastgood.repo.layout import hidden, new_id
 from lastgood.store import local
-from lastgood.store.quota import files, room
+from lastgood.store.quota import left
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -144,7 +144,11 @@ def lacked_room(root: Path, error: BaseException) -> NotEnoughSpace | None:
         return None
     if isinstance(error, OSError) and error.errno is not None:
         return None
-    if not _TOLD.search(str(error)) and 0 not in (room(root), files(root)):
+    try:
+        used_up = 0 in left(root)
+    except OSError:  # the disk itself is gone
+        used_up = False
+    if not used_up and not _TOLD.search(str(error)):
         return None
     return NotEnoughSpace(
         f"{root}: {type(error).__name__}: {error}; nothing is left of the disk, of its inodes or of the quota",

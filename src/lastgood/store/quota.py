@@ -48,18 +48,20 @@ def _asked(path: Path) -> _Dqblk | None:
 
 def room(path: Path) -> int:
     """Bytes that this user can still write there, by the disk and by the quota."""
-    free, limits = local.free(path)[0], quota(path)
-    return free if limits is None else min(free, max(0, limits[1] - limits[0]))
+    return left(path)[0]
 
 
-def files(path: Path) -> int:
-    """Files that this user can still make there, by the disk and by the quota; -1 where nobody counts them."""
-    inodes, block = local.free(path)[1], _asked(path)
-    limit = 0 if block is None else block.inode_hard or block.inode_soft
-    if block is None or not limit:
-        return inodes
-    left = max(0, int(limit - block.inode_used))
-    return left if inodes < 0 else min(inodes, left)
+def left(path: Path) -> tuple[int, int]:
+    """(bytes, files) that this user can still write and make there; files: -1 where nobody counts them."""
+    (free, inodes), block = local.free(path), _asked(path)
+    if block is None:
+        return free, inodes
+    if limit := (block.hard or block.soft) * _BLOCK:
+        free = min(free, max(0, int(limit - block.used)))
+    if limit := block.inode_hard or block.inode_soft:
+        spare = max(0, int(limit - block.inode_used))
+        inodes = spare if inodes < 0 else min(inodes, spare)
+    return free, inodes
 
 
 def _device(path: Path) -> str | None:

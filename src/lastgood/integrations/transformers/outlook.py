@@ -34,6 +34,8 @@ LARGE = 1 << 30
 """Bytes of a save from which on the plan is always said (1 GiB)."""
 SHARE = 5
 """... or from a fifth of the free space on."""
+NO_ROOM = {"wait": "training waits where a save finds no room", "stop": "the run stops where a save finds no room"}
+"""on_full -> what a plan that doesn't fit means; for the others such saves are left out."""
 ENOUGH = 100
 """Saves that a policy has to get through to be suggested."""
 
@@ -122,7 +124,7 @@ def _finding(
         saw=f"the save at step {found.full_at} {verb}: each takes {size(coming.size)}, {size(free)} are free{mine},"
         f" {len(coming.steps)} saves are to come up to step {last}",
         means=f'with "{keep.describe()}" they take {size(found.peak)} at the most;'
-        " saves that find no room are left out",
+        f" {NO_ROOM.get(manager.on_full or '', 'saves that find no room are left out')}",
         fix=tuple(fix),
     )
     return rule("CKS005").finding(Case(), sight, sight.where)

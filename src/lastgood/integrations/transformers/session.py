@@ -330,7 +330,8 @@ class Session:
 
     def stop_inside_evaluation(self) -> None:
         """Asked to stop while evaluating, which can take hours: save the step that is being evaluated, and leave."""
-        if self.saved_step != self.trainer.state.global_step and self.trainer.args.save_strategy != "no":
+        step = self.trainer.state.global_step
+        if step not in (self.saved_step, self.live.space.left) and self.trainer.args.save_strategy != "no":
             self.trainer._save_checkpoint(self.trainer.model, None)
         self.preempted()
 
