@@ -21,7 +21,6 @@ from lastgood.repo.adopt import adopt
 from lastgood.repo.layout import HIDDEN
 from lastgood.repo.read import records
 from lastgood.repo.staging import Staging
-from lastgood.room import SPARE
 from lastgood.view import look
 from test_crash_points import contents, manager, save, stage
 
@@ -193,7 +192,7 @@ def test_I14_what_the_preflight_lets_through_fits(change: int, small: Path) -> N
 
     for step, estimate in ((1, size), (2, 0)):  # the second one knows nothing: what the first one took counts
         written: list[bool] = []
-        space.leave(small, pages=(size + RESERVE + SPARE.files) // space.PAGE + change)
+        space.leave(small, pages=(size + RESERVE - reserve.SIZE) // space.PAGE + change)
         try:
             record = made.save(step, write, estimate=estimate, environment={}, arguments={}, facts={})
             assert record is not None and record.size > size

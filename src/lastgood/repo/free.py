@@ -12,7 +12,7 @@ import msgspec
 
 from lastgood.model import Record, stripped
 from lastgood.policy import Decision, Keep
-from lastgood.repo import bin, gc, leases, verify
+from lastgood.repo import bin, gc, leases, reserve, verify
 from lastgood.repo.protect import protected
 from lastgood.repo.read import records
 from lastgood.room import UNCOUNTED, Amount, in_advance
@@ -28,9 +28,9 @@ AGAIN = 600.0
 
 
 def free(root: Path) -> Amount:
-    """What this user can still write there, by the disk and by the quota."""
+    """What this user can still write there, by the disk and by the quota; the reserve is part of what is left free."""
     room, files = quota.left(root)
-    return Amount(room, UNCOUNTED if files < 0 else files)
+    return Amount(room + reserve.held(root), UNCOUNTED if files < 0 else files)
 
 
 def make_room(

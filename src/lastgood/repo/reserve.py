@@ -40,6 +40,11 @@ def make(root: Path) -> bool:
     return True
 
 
+def held(root: Path) -> int:
+    """Bytes that giving it up would free."""
+    return local.size(hidden(root, NAME)) or 0
+
+
 def give_up(root: Path) -> bool:
     """Remove it; whether it was there."""
     path = hidden(root, NAME)

@@ -21,9 +21,9 @@ from lastgood.planner.sizes import LOG_ROW, Training, sizes
 from lastgood.planner.suggest import suggest
 from lastgood.policy import Keep
 from lastgood.repo import bin
+from lastgood.repo.free import free as free_for
 from lastgood.repo.run import read_head
 from lastgood.schedule import absolute_steps
-from lastgood.store.quota import room
 from lastgood.talk import note, say
 from lastgood.units import size
 
@@ -57,7 +57,7 @@ def _look_ahead(session: Session) -> None:
     if not coming.steps or (keep.within is not None and coming.pace <= 0):
         return  # nobody knows yet how long a step takes
     own = sum(record.size for record in there)
-    free = room(manager.root)
+    free = free_for(manager.root).bytes
     # What `prune` removed is emptied by a save that needs the space.
     space = free + own + bin.size(manager.root) - RESERVE
     found = ahead(coming, keep, space, there=there, head=read_head(manager.root, manager.run))
