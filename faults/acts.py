@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from faults.small import manager, save
 from lastgood import adoption, policy
 from lastgood.checkout import copy, model_files
 from lastgood.cli.held import held
@@ -16,6 +15,8 @@ from lastgood.repo import adopt, after, bin, gc, leases, metrics, pins, poison, 
 from lastgood.repo.read import records
 from lastgood.store.appear import appearing
 from lastgood.view import look
+
+from faults.small import manager, save
 
 
 def first_save(root: Path) -> None:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from faults.operations import Operation
-from faults.small import content, manager, save
 from lastgood.errors import LastgoodError, NoCheckpoint
 from lastgood.format import tensors
 from lastgood.manager import Manager
@@ -18,6 +16,9 @@ from lastgood.repo import pins, poison, verify
 from lastgood.repo.layout import HIDDEN, hidden
 from lastgood.repo.read import records
 from lastgood.view import look
+
+from faults.operations import Operation
+from faults.small import content, manager, save
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from faults.judge import Known, verdict
-from faults.operations import OPERATIONS, Operation
-from faults.small import manager
 from lastgood.errors import LastgoodError
 from lastgood.repo.read import records
 from lastgood.testing import Crash, Cut, Fault, Faulty, Recorder, cuts, using
+
+from faults.judge import Known, verdict
+from faults.operations import OPERATIONS, Operation
+from faults.small import manager
 
 ERRORS = ("ENOSPC", "EIO", "EDQUOT", "EROFS", "EMFILE", "ESTALE", "EACCES")
 

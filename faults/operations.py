@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lastgood.repo import bin, leases, pins
+from lastgood.repo.read import records
+
 from faults.acts import (
     answer,
     check_out,
@@ -49,8 +52,6 @@ from faults.runs import (
     three,
 )
 from faults.small import steps
-from lastgood.repo import bin, leases, pins
-from lastgood.repo.read import records
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,14 @@ import json
 import zipfile
 from pathlib import Path
 
-from faults.acts import go_back, prune_mixed, prune_two, strip_two, take_in
-from faults.small import content, manager, save
 from lastgood.format.tensors import Tensor, encode
 from lastgood.repo import metrics, pins, request
 from lastgood.repo.layout import hidden
 from lastgood.repo.read import records
 from lastgood.store import local
+
+from faults.acts import go_back, prune_mixed, prune_two, strip_two, take_in
+from faults.small import content, manager, save
 
 
 def nothing(root: Path) -> None:

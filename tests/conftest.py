@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, settings
 
 import cli
 import realruns
+from faults import space
 
 # A shell that starts the tests in the background makes them ignore Ctrl-C, and nohup a hang-up; every command that they
 # start would ignore it too.
@@ -59,6 +60,15 @@ def quick(tmp_path: Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(dir=memory) as folder:
         yield Path(folder)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with 64 MiB and 1000 inodes."""
+    with space.disk(tmp_path / "disk", size=64 << 20) as there:
+        if not there:
+            pytest.skip("mounting a small tmpfs needs root")
+        yield tmp_path / "disk"
 
 
 @pytest.fixture

@@ -92,7 +92,11 @@ class Conflict(LastgoodError):
 
 
 class Preempted(SystemExit):
-    """The run was asked to stop, its checkpoint is on disk; exit status 75 (EX_TEMPFAIL) asks for a relaunch."""
+    """The run was asked to stop, its checkpoint is on disk; exit status 75 (EX_TEMPFAIL) asks for a relaunch.
+
+    Or on_full="stop" and there was no room for one: then its cause is the NotEnoughSpace, and the checkpoint before is
+    the one that a relaunch continues from.
+    """
 
     def __init__(self, message: str) -> None:
         super().__init__(75)

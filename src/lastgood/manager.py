@@ -26,20 +26,21 @@ from lastgood.errors import (
 )
 from lastgood.model import Head, Record, Span, extend, next_seq
 from lastgood.policy import Keep
-from lastgood.recovery import UNADOPTED, first_good, in_order
-from lastgood.repo import bin, gc, journal, layout, leases, metrics, poison, verify
+from lastgood.recovery import LOST_HEAD, UNADOPTED, first_good, in_order
+from lastgood.repo import free, gc, journal, layout, leases, metrics, poison, verify
 from lastgood.repo.commit import commit
 from lastgood.repo.lock import RunLock
 from lastgood.repo.protect import protected
 from lastgood.repo.quarantine import quarantine
 from lastgood.repo.read import records
-from lastgood.repo.run import read_head, read_run, start_run, write_head, write_policy
-from lastgood.repo.staging import Staging, failure, open_staging
+from lastgood.repo.run import forget_head, lost_head, read_head, read_run, start_run, write_head, write_policy
+from lastgood.repo.space import OnFull, Space
+from lastgood.repo.staging import Staging, failure, lacked_room, open_staging
+from lastgood.room import SPARE
 from lastgood.store import local
 from lastgood.talk import say, warn
-from lastgood.units import size
 
-RESERVE = 16 << 20
+RESERVE = SPARE.bytes
 """Bytes left free by a save, so that a manifest, a journal line and a deletion still fit (16 MiB)."""
 
 
@@ -54,11 +55,17 @@ class Found:
 
 @dataclass(slots=True)
 class Manager:
-    """The writer of one run directory. `begin_fresh` or `begin_from` first, `close` last."""
+    """The writer of one run directory. `begin_fresh` or `begin_from` first, `close` last.
+
+    on_full: what becomes of a save that finds no room, whatever on_error says of other failures: it is left out with a
+    warning, it waits for room until `space.leaving` says something, or `space.lack` is set for whoever trains to stop.
+    None: as on_error says.
+    """
 
     root: Path
     keep: Keep = field(default_factory=Keep)
     on_error: Literal["warn", "raise"] = "warn"
+    on_full: OnFull | None = None
     verify: Literal["full", "quick"] = "full"
     run: str = ""
     lineage: tuple[Span, ...] = ()
@@ -66,8 +73,12 @@ class Manager:
     parent: str | None = None
     failures: int = 0
     saved: dict[int, Record] = field(default_factory=dict)  # by step, of this process
+    space: Space = field(init=False)
     _lock: RunLock | None = None
     _sightings: leases.Sightings = field(default_factory=leases.Sightings)
+
+    def __post_init__(self) -> None:
+        self.space = Space(self.root, self.on_full)
 
     # ---- life of a run -------------------------------------------------------------------
 
@@ -88,14 +99,14 @@ class Manager:
             local.make_dirs(self.root / layout.HIDDEN)
             lock = RunLock(self.root)
             lock.acquire(takeover=takeover)
-            self._lock = lock
+            self._lock, self.space.root = lock, lock.door
             with self._fenced():
                 gc.sweep(self.door, self._sightings)
                 self._recover_identity()
         except OSError as error:
             if self._lock is not None:  # who can't write to the run doesn't keep others from it
                 self._lock.release()
-                self._lock = None
+                self._lock, self.space.root = None, self.root
             if isinstance(error, LastgoodError):
                 raise
             raise SaveFailed(
@@ -119,6 +130,7 @@ class Manager:
             self.run = start_run(self.door)
         self.lineage, self.next, self.parent, self.saved = (), 1, None, {}
         write_policy(self.door, self.keep.options())
+        self.space.begin(None)
         journal.append(self.door, "started", run=self.run, others=others)
 
     def begin_from(self, record: Record) -> None:
@@ -136,7 +148,11 @@ class Manager:
             # new branch would hand the abandoned one to the next resume.
             with self._fenced():
                 write_head(self.door, Head(run=self.run, lineage=manifest.lineage, next=self.next))
+        elif lost_head(self.root):
+            with self._fenced():
+                forget_head(self.door)
         write_policy(self.door, self.keep.options())
+        self.space.begin(manifest)
         journal.append(self.door, "resumed", step=record.step, id=record.id, left=[r.name for r in left])
 
     def close(self, event: str = "closed", **facts: str) -> None:
@@ -144,7 +160,7 @@ class Manager:
         if self._lock is not None:
             journal.append(self.door, event, run=self.run, **facts)
             self._lock.release()
-            self._lock = None
+            self._lock, self.space.root = None, self.root
 
     @property
     def door(self) -> Path:
@@ -171,36 +187,49 @@ class Manager:
 
         estimate: bytes this save will need, to refuse before writing rather than half-way.
         """
-        started = time.perf_counter()
+        started, patience = time.perf_counter(), free.Patience(self.space.leaving)
         staging: Staging | None = None
-        try:
-            self._still_ours()
-            self._preflight(estimate)
-            staging = open_staging(self.root)
-            write(staging)
-            self._still_ours()
-            seq, self.next = self.next, self.next + 1
-            record = commit(
-                self.door,
-                staging,
-                run=self.run,
-                step=step,
-                seq=seq,
-                lineage=extend(self.lineage, seq),
-                parent=self.parent,
-                created=time.time(),
-                environment=dict(environment),
-                arguments=dict(arguments),
-                facts=dict(facts),
-            )
-        except BaseException as error:
-            if staging is not None:
-                staging.discard()
-            self._failed(step, error)
-            return None
+        while True:
+            try:
+                self._still_ours()
+                lineage = extend(self.lineage, self.next)
+                self.space.prepare(
+                    estimate, step, keep=self.keep, run=self.run, lineage=lineage, facts=facts,
+                    sightings=self._sightings,
+                )  # fmt: skip
+                staging = open_staging(self.root)
+                write(staging)
+                self._still_ours()
+                seq, self.next = self.next, self.next + 1
+                record = commit(
+                    self.door,
+                    staging,
+                    run=self.run,
+                    step=step,
+                    seq=seq,
+                    lineage=lineage,
+                    parent=self.parent,
+                    created=time.time(),
+                    environment=dict(environment),
+                    arguments=dict(arguments),
+                    facts=dict(facts),
+                )
+                break
+            except BaseException as error:
+                lack = lacked_room(self.root, error)  # as long as what was written is still there
+                if staging is not None:
+                    if lack is not None:
+                        self.space.learn(staging)
+                    staging.discard()
+                    staging = None
+                if lack is not None and self.space.wait(estimate, step, lack, patience):
+                    continue
+                self._failed(step, lack or error)
+                return None
         assert record.manifest is not None
         self.lineage, self.parent = record.manifest.lineage, record.id
         self.saved[step] = record
+        self.space.saved(record.manifest)
         seconds = round(time.perf_counter() - started, 4)
         journal.append(self.door, "saved", step=step, id=record.id, bytes=record.size, seconds=seconds)
         return record
@@ -278,24 +307,6 @@ class Manager:
                 hint="stop this process; its checkpoints so far are intact",
             )
 
-    def _preflight(self, estimate: int) -> None:
-        free, inodes = local.free(self.root)
-        if free >= estimate + RESERVE and (inodes < 0 or inodes > 64):
-            return
-        gc.sweep(self.door, self._sightings)  # leftovers of interrupted saves and deletions are the first to go
-        free, inodes = local.free(self.root)
-        # In vain it isn't emptied: without enough in it, the save fails just the same.
-        enough = free + bin.size(self.root) >= estimate + RESERVE
-        if enough and (free < estimate + RESERVE or 0 <= inodes <= 64) and bin.empty(self.door):
-            say("the space of what `lastgood prune` had removed was needed: it can't be undone any more")
-            free, inodes = local.free(self.root)
-        if free < estimate + RESERVE or 0 <= inodes <= 64:
-            raise NotEnoughSpace(
-                f"a save needs {size(estimate)} and {size(RESERVE)} in reserve, {self.root} has {size(free)}"
-                f" and {'enough' if inodes < 0 else inodes} inodes left; nothing was written",
-                hint="free space, or keep fewer checkpoints (save_total_limit, Keep(full=1))",
-            )
-
     def _failed(self, step: int, error: BaseException) -> None:
         self.failures += 1
         fatal = isinstance(error, (RunLocked, NotSupported)) or not isinstance(error, Exception)
@@ -305,14 +316,18 @@ class Manager:
             journal.append(self.door, "failed", step=step, error=str(error))
         if isinstance(error, OSError) and not isinstance(error, LastgoodError):
             error = failure(self.root / layout.HIDDEN, error)  # from a library that wrote a file of its own
-        if fatal or (self.on_error == "raise" and isinstance(error, LastgoodError)):
+        ruled = isinstance(error, NotEnoughSpace) and self.on_full is not None
+        if fatal or (self.on_error == "raise" and isinstance(error, LastgoodError) and not ruled):
             raise error
-        if self.on_error == "raise":
+        if self.on_error == "raise" and not ruled:
             raise SaveFailed(
                 f"the checkpoint of step {step} could not be written: {error}; earlier ones are intact",
                 hint="see the error above this one",
             ) from error
-        warn(f"NO CHECKPOINT at step {step}: {error}\n  earlier ones are intact, training goes on (on_error='warn')")
+        goes = "training goes on (on_error='warn')"
+        if isinstance(error, NotEnoughSpace):
+            goes = self.space.left_out(step, error)
+        warn(f"NO CHECKPOINT at step {step}: {error}\n  earlier ones are intact, {goes}")
 
     # ---- finding -------------------------------------------------------------------------
 
@@ -324,6 +339,8 @@ class Manager:
         """
         everything = self.records()
         monitor, mode = self.keep.primary
+        if not isinstance(what, int) and (lost := lost_head(self.root)):
+            raise NoCheckpoint(lost, hint=LOST_HEAD)
         skipped = [(r.name, r.problem or r.state) for r in everything if r.state in ("incomplete", "foreign")]
         damaged = [r.name for r in everything if r.state == "incomplete"]
         choice = first_good(
@@ -341,6 +358,7 @@ class Manager:
         if isinstance(what, int):
             aside = [r.name for r in everything if r.step == what and r.ours and not r.current and r.state == "full"]
             skipped += [(name, f"another branch left {name}: its path resumes from it") for name in aside]
+            skipped += [(r.name, UNADOPTED) for r in everything if r.state == "stock" and r.step == what]
         listing = "".join(f"\n  {name}: {reason}" for name, reason in skipped)
         raise NoCheckpoint(
             f"{self.root} has no good checkpoint for {what!r}{listing}",

@@ -28,7 +28,7 @@ REQUESTS = {
 
 @dataclass(slots=True)
 class Occasions:
-    """leave: why the process has to end after the save, "" while it goes on. by: signal, limit or request.
+    """leave: why the process has to end after the save, "" while it goes on. by: signal, limit, request or space.
 
     active: between `begin` and the end of `listening`.
     """
@@ -105,6 +105,11 @@ class Occasions:
         self.pace.saves.append(seconds)
         self._mark = time.monotonic()
         self._last = Last(step, self._mark, epoch)
+
+    def no_room(self, step: int) -> None:
+        """The save of this step found no room, and the run is to stop for it (on_full="stop")."""
+        if not self.leave:
+            self.leave, self.by = f"no room for the checkpoint of step {step}", "space"
 
     def resumes(self) -> None:
         """What is no step is over (an evaluation, a log): the next one begins."""

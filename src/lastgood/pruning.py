@@ -15,12 +15,13 @@ from lastgood import policy
 from lastgood.errors import NotEnoughSpace, Refused, UsageError
 from lastgood.formula import parse
 from lastgood.layouts.found import modified
-from lastgood.manager import RESERVE
 from lastgood.model import TRAINERS, Record
 from lastgood.policy import Decision, Keep
 from lastgood.ranking import also_called, needs
 from lastgood.repo import gc
+from lastgood.repo.free import free
 from lastgood.repo.read import records
+from lastgood.room import SPARE, Amount
 from lastgood.store import local
 from lastgood.units import size
 from lastgood.view import View
@@ -163,8 +164,7 @@ def ranks(view: View, monitor: str) -> None:
 def short_of_room(view: View) -> bool:
     """Whether the disk, as it is, has no room for one more save like the newest."""
     newest = policy.latest(view.records)
-    free, inodes = local.free(view.root)
-    return free < (newest.size if newest is not None else 0) + RESERVE or 0 <= inodes <= 64
+    return not free(view.root).covers(Amount(0 if newest is None else newest.size) + SPARE)
 
 
 def occupied(path: Path) -> int:

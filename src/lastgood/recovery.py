@@ -18,6 +18,9 @@ from lastgood.ranking import Mode, ranking
 UNADOPTED = "written without lastgood: `lastgood adopt` takes it into the run"
 """Why a stock Trainer's checkpoint is passed over in a managed run, however far it is."""
 
+LOST_HEAD = "resume from a step or a path, or delete the file to go on from the newest save; nothing was changed"
+"""What there is to do where nobody knows on which branch the run is."""
+
 
 class Choice(msgspec.Struct, frozen=True):
     """record: the one to take; None if none is good. skipped: (name, reason) of those tried before it, in order.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from lastgood.errors import NoCheckpoint
 from lastgood.layouts import trainer
 from lastgood.layouts.progress import one_run
 from lastgood.model import TRAINERS, Record
-from lastgood.recovery import UNADOPTED, first_good, in_order
+from lastgood.recovery import LOST_HEAD, UNADOPTED, first_good, in_order
+from lastgood.repo.run import lost_head
 from lastgood.rev import resolve
 from lastgood.view import View
 
@@ -27,6 +29,8 @@ def choose(view: View, start: str, *, full: bool) -> tuple[Record | None, list[t
     elif _is_stock(view):
         return _stock(view, full)
     else:
+        if lost := lost_head(view.root):
+            raise NoCheckpoint(lost, hint=LOST_HEAD)
         own = in_order(view.records, "last")
         skipped += [(r.name, _WEIGHTS) for r in own if r.state == "weights"]
         candidates = [r for r in own if r.state == "full"]

@@ -17,6 +17,7 @@ from lastgood.manager import RESERVE
 from lastgood.model import Record
 from lastgood.repo import gc, journal
 from lastgood.repo.layout import HIDDEN
+from lastgood.repo.reserve import held
 from lastgood.store import local
 from lastgood.store.quota import quota, room
 from lastgood.view import View, look
@@ -144,7 +145,7 @@ def _disk(view: View) -> dict[str, Any]:
     total = shutil.disk_usage(view.root).total
     free, inodes = local.free(view.root)
     limits = quota(view.root)
-    guess = _forecast(view, room(view.root))
+    guess = _forecast(view, room(view.root) + held(view.root))
     when = "" if guess.seconds is None else f", about {units.span(guess.seconds)} at the pace of the last ones"
     return {
         "mount": str(_mount(view.root)),

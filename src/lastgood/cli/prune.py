@@ -185,7 +185,7 @@ def _remove(root: Path, record: Record, number: str | None) -> None:
     if number is not None:
         bin.put(root, number, record.name)
     else:
-        grave = gc.grave(root)
+        grave = bin.grave(root)
         local.vanish(root / record.name, grave)
         local.remove(grave)
     journal.append(root, "deleted", step=record.step, id=record.id, reasons=[f"incomplete: {record.problem}"])

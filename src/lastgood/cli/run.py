@@ -89,6 +89,7 @@ def _enough(path: Path, since: float) -> str:
     return {
         "request": "stopped by `lastgood save --stop`, not launched again",
         "limit": "its time limit is near, not launched again",
+        "space": "the disk has no room for its checkpoints, not launched again",
     }.get(str(last.get("by")), "")
 
 

@@ -15,10 +15,10 @@ from lastgood.format.tensors import Slot, read_header
 from lastgood.layouts.found import files_of
 from lastgood.layouts.progress import STATE
 from lastgood.model import Record
+from lastgood.repo.free import free
 from lastgood.repo.layout import HIDDEN
 from lastgood.resumption import choose
 from lastgood.store import local
-from lastgood.store.quota import room
 from lastgood.view import View, look
 
 CLOSE = 3
@@ -75,8 +75,8 @@ class Disk:
 
     @cached_property
     def free(self) -> int:
-        """Bytes that can still be written, by the disk and by the quota."""
-        return room(self.root)
+        """Bytes that can still be written, by the disk and by the quota, the reserve of the run included."""
+        return free(self.root).bytes
 
     @cached_property
     def inodes(self) -> int:

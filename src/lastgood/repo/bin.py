@@ -6,6 +6,7 @@ old manifest and the files that went. Emptied by command, and by a save that nee
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -16,22 +17,24 @@ from lastgood.errors import CorruptCheckpoint, NoCheckpoint, Refused
 from lastgood.format import guard
 from lastgood.format import manifest as codec
 from lastgood.model import Manifest
-from lastgood.repo import journal
-from lastgood.repo.layout import hidden, new_id, step_of
+from lastgood.repo import journal, reserve
+from lastgood.repo.layout import HIDDEN, hidden, new_id, step_of
 from lastgood.store import local
 
 PLAN = "plan.json"
+GRAVE = f"{HIDDEN}.grave."
+"""How a directory that is being deleted is called where a full disk leaves no room for a trash directory."""
 _NUMBER = re.compile(r"[0-9]{8,12}")
 
 
 def begin(root: Path, what: str) -> str:
     """The number of a new operation, which is the newest from now on. Raises OSError."""
-    local.make_dirs(hidden(root, "undo"))
+    reserve.spend(root, lambda: local.make_dirs(hidden(root, "undo")))
     taken = [int(name) for name in local.names(hidden(root, "undo")) if _NUMBER.fullmatch(name)]  # a link as well
     number = f"{max([0, *taken]) + 1:08d}"
     place = hidden(root, "undo", number)
-    local.make_dirs(place)
-    local.replace(place / PLAN, f"{json.dumps({'what': what})}\n".encode())
+    reserve.spend(root, lambda: local.make_dirs(place))
+    reserve.spend(root, lambda: local.replace(place / PLAN, f"{json.dumps({'what': what})}\n".encode()))
     return number
 
 
@@ -45,15 +48,21 @@ def operations(root: Path) -> list[str]:
 def put(root: Path, number: str, name: str) -> None:
     """Move a checkpoint, or a file of one (NAME/FILE), out of the run."""
     target = hidden(root, "undo", number, name if "/" not in name else f"{_strip_place(name)}")
-    local.make_dirs(target.parent)
-    local.rename(root / name, target)
+    _move(root, root / name, target)
+
+
+def _move(root: Path, source: Path, target: Path) -> None:
+    """A rename into a directory that may have to be made; a full disk is no reason not to undo or prune."""
+    reserve.spend(root, lambda: local.make_dirs(target.parent))
+    reserve.spend(root, lambda: local.rename(source, target))
 
 
 def put_manifest(root: Path, number: str, name: str) -> None:
     """Remember the manifest of a checkpoint that is about to be stripped."""
     target = hidden(root, "undo", number, _strip_place(f"{name}/{codec.NAME}"))
-    local.make_dirs(target.parent)
-    local.replace(target, local.read(root / name / codec.NAME, codec.LIMIT))
+    content = local.read(root / name / codec.NAME, codec.LIMIT)
+    reserve.spend(root, lambda: local.make_dirs(target.parent))
+    reserve.spend(root, lambda: local.replace(target, content))
 
 
 def _strip_place(name: str) -> str:
@@ -84,6 +93,11 @@ def rescue(directory: Path, light: Manifest, place: Path) -> None:
         if local.size(directory / name) is not None and not os.path.lexists(place / name):
             local.make_dirs((place / name).parent)
             local.rename(directory / name, place / name)
+
+
+def files(root: Path) -> int:
+    """Files and directories that emptying would free."""
+    return sum(1 + len(names) for _, _, names in os.walk(hidden(root, "undo"))) if operations(root) else 0
 
 
 def size(root: Path) -> int:
@@ -122,7 +136,7 @@ def _bring_back(root: Path, source: Path, name: str) -> str:
         target = root / f"{name.partition('.')[0]}.{_id(source)[:8]}"
         while os.path.lexists(target):
             target = root / f"{name.partition('.')[0]}.{new_id()[:8]}"
-    local.rename(source, target)
+    _move(root, source, target)
     journal.append(root, "restored", name=target.name, id=_id(target))
     return f"{target.name} is back"
 
@@ -147,10 +161,10 @@ def _unstrip(root: Path, source: Path, name: str) -> str:
         if local.size(kept) is not None:
             if file in guard.NAMES:
                 local.unlink(target)
-            local.make_dirs(target.parent)
-            local.rename(kept, target)
+            _move(root, kept, target)
     # The manifest last: the checkpoint is full again when all of its files are there.
-    local.replace(directory / codec.NAME, local.read(source / codec.NAME, codec.LIMIT))
+    content = local.read(source / codec.NAME, codec.LIMIT)
+    reserve.spend(root, lambda: local.replace(directory / codec.NAME, content))
     journal.append(root, "restored", name=name, id=_id(directory))
     return f"{name} is full again"
 
@@ -159,16 +173,27 @@ def empty(root: Path) -> int:
     """Free the space; returns the bytes."""
     total = size(root)
     for number in operations(root):
-        grave = hidden(root, "trash", new_id())
-        local.make_dirs(grave.parent)
-        local.vanish(hidden(root, "undo", number), grave)
-        local.remove(grave)
+        hole = grave(root)
+        local.vanish(hidden(root, "undo", number), hole)
+        local.remove(hole)
     return total
 
 
 def _straight(directory: Path, name: str) -> bool:
     """Whether no directory on the way to this file is a link: what is behind one isn't ours to move."""
     return not any((directory / folder).is_symlink() for folder in Path(name).parents)
+
+
+def grave(root: Path) -> Path:
+    """Where what is being deleted is moved out of sight."""
+    try:
+        local.make_dirs(hidden(root, "trash"))
+        return hidden(root, "trash", new_id())
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        # A new directory takes a block, a new name in a directory that is there mostly doesn't.
+        return root / f"{GRAVE}{new_id()}"
 
 
 def _manifest(directory: Path) -> Manifest | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from lastgood.errors import Conflict
 from lastgood.format import manifest as codec
 from lastgood.model import FORMAT, Manifest, Record, Span, State, checkpoint_name, on_lineage
-from lastgood.repo import journal, leases, poison
+from lastgood.repo import journal, leases, poison, reserve
 from lastgood.repo.layout import plain
 from lastgood.repo.read import records
 from lastgood.repo.staging import Staging, explained
@@ -49,7 +49,8 @@ def commit(
     content = codec.encode(manifest)
     staging.sync()
     with explained(staging.directory):
-        local.write(staging.directory / codec.NAME, [content])
+        # All that is large is there: for want of a block for the record it must not have been for nothing.
+        reserve.spend(root, lambda: local.write(staging.directory / codec.NAME, [content]))
         for directory in staging.directories():
             local.sync_dir(directory)
         name = _make_room(root, manifest)

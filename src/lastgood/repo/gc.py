@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,8 +12,9 @@ from lastgood.format import guard
 from lastgood.format import manifest as codec
 from lastgood.model import Head, Manifest, Record, lineage_in_force, next_seq, stripped
 from lastgood.policy import Decision
-from lastgood.repo import after, bin, journal, leases
-from lastgood.repo.layout import HIDDEN, hidden, new_id
+from lastgood.repo import after, bin, journal, leases, reserve
+from lastgood.repo.bin import GRAVE, grave
+from lastgood.repo.layout import hidden
 from lastgood.repo.read import held_by, identify, records
 from lastgood.repo.run import read_head, write_head
 from lastgood.store import local
@@ -23,8 +23,6 @@ RESUME_ONLY = frozenset({"optimizer.safetensors", "resume.json"})
 """Files that only a full checkpoint has: what an interrupted strip may leave behind."""
 OWN = ("run.json", "head.json", "policy.json", "trail.jsonl")
 """What only the holder of the run's lock replaces: a temporary file of theirs is nobody's any more."""
-GRAVE = f"{HIDDEN}.grave."
-"""How a directory that is being deleted is called where a full disk leaves no room for a trash directory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,21 +117,10 @@ def _delete(root: Path, item: Item, undoable: str | None) -> None:
         return
     hole = grave(root)
     # The rename makes it vanish as a whole: half a checkpoint is never seen under its name.
-    local.vanish(root / name, hole)
+    reserve.spend(root, lambda: local.vanish(root / name, hole))
     journal.append(root, "deleted", **facts, bytes=item.bytes, reasons=item.reasons)
     local.remove_tree(hole)
     after.remove(root, item.record.id)
-
-
-def grave(root: Path) -> Path:
-    try:
-        local.make_dirs(hidden(root, "trash"))
-        return hidden(root, "trash", new_id())
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        # A new directory takes a block, a new name in a directory that is there mostly doesn't.
-        return root / f"{GRAVE}{new_id()}"
 
 
 def _strip(root: Path, item: Item, undoable: str | None) -> None:
@@ -144,13 +131,13 @@ def _strip(root: Path, item: Item, undoable: str | None) -> None:
     if undoable is not None:
         bin.put_manifest(root, undoable, item.record.name)
     # The manifest first: from here on it is a weights-only checkpoint, whatever files are still beside it.
-    local.replace(directory / codec.NAME, codec.encode(light))
+    reserve.spend(root, lambda: local.replace(directory / codec.NAME, codec.encode(light)))
     for name in gone:
         if undoable is not None:
             bin.put(root, undoable, f"{item.record.name}/{name}")
         else:
             local.unlink(directory / name)
-    _guard(directory, light)
+    reserve.spend(root, lambda: _guard(directory, light))
     local.sync_dir(directory)
     facts = {"step": item.record.step, "id": item.record.id, "bytes": item.bytes, "reasons": item.reasons}
     journal.append(root, "stripped", **facts, **({} if undoable is None else {"undo": undoable}))

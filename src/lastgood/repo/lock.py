@@ -19,6 +19,7 @@ from typing import Any
 from filelock import BaseFileLock, FileLock, Timeout
 
 from lastgood.errors import RunLocked
+from lastgood.repo import reserve
 from lastgood.repo.layout import boot, fence, hidden, is_fence, own, through
 from lastgood.repo.run import check_format
 from lastgood.store import fs, local
@@ -129,7 +130,11 @@ class RunLock:
             "nonce": self._nonce,
         }
         try:
-            local.replace(hidden(self.door, self._card.name), f"{json.dumps(card)}\n".encode())
+            content, path = f"{json.dumps(card)}\n".encode(), hidden(self.door, self._card.name)
+            if anonymous:  # whoever frees space needs the reserve more than this card
+                local.replace(path, content)
+            else:
+                reserve.spend(self.door, lambda: local.replace(path, content))
         except OSError as error:
             self._check_fence()
             if not anonymous or error.errno not in FULL:

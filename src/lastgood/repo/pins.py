@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lastgood.errors import CorruptCheckpoint, RunLocked, UsageError
+from lastgood.repo import sealed
 from lastgood.repo.layout import hidden, own, plain
 from lastgood.store import local
 
@@ -58,7 +59,7 @@ def table(root: Path, file: str, kind: type[Any]) -> dict[str, Any]:
         raise ValueError(f"{path} is nested too deeply") from error
     if not isinstance(value, dict) or not all(isinstance(entry, kind) for entry in value.values()):
         raise ValueError(f"{path} isn't valid")
-    return value
+    return sealed.unseal(value)
 
 
 def readable(root: Path) -> dict[str, tuple[str, ...]]:
@@ -74,7 +75,8 @@ def readable(root: Path) -> dict[str, tuple[str, ...]]:
 
 def write(root: Path, pins: Mapping[str, tuple[str, ...]]) -> None:
     """Replace all of them, durably."""
-    text = json.dumps({id: list(names) for id, names in pins.items() if names}, indent=1)
+    held = sealed.seal({id: list(names) for id, names in pins.items() if names})
+    text = json.dumps({**held, sealed.KEY: [held[sealed.KEY]]}, indent=1)  # a list, as all other values are
     local.replace(hidden(root, NAME), f"{text}\n".encode())
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lastgood.errors import CorruptCheckpoint
 from lastgood.model import Manifest
-from lastgood.repo import pins
+from lastgood.repo import pins, sealed
 from lastgood.repo.layout import hidden
 from lastgood.store import local
 
@@ -63,7 +63,7 @@ def mark(root: Path, reasons: Mapping[str, str]) -> None:
                 f"{NAME} can't be read ({error}): every checkpoint counts as poisoned, no mark is added or taken away",
                 hint=f"repair {hidden(root, NAME)}, or delete it to let go of all marks",
             ) from error
-        text = json.dumps({**known, **reasons}, indent=1)
+        text = json.dumps(sealed.seal({**known, **reasons}), indent=1)
         local.replace(hidden(root, NAME), f"{text}\n".encode())
 
 

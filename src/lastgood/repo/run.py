@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +13,7 @@ import msgspec
 
 from lastgood.format.manifest import NewerFormat
 from lastgood.model import FORMAT, Head
+from lastgood.repo import reserve, sealed
 from lastgood.repo.layout import hidden, new_id
 from lastgood.store import local
 
@@ -47,7 +49,7 @@ def start_run(root: Path, run: str | None = None) -> str:
     if run is None:
         # First the head: one of the old run must not be found beside the new identity.
         local.unlink(hidden(root, HEAD))
-    local.replace(hidden(root, RUN), _json(identity))
+    reserve.spend(root, lambda: local.replace(hidden(root, RUN), _json(identity)))
     return identity.run
 
 
@@ -57,14 +59,25 @@ def read_head(root: Path, run: str | None, *, sure: bool = False) -> Head | None
     return head if head is not None and head.run == run else None
 
 
+def lost_head(root: Path) -> str:
+    """Why nobody knows on which branch the run is, "" where that is known: a head that is there and can't be read.
+
+    Taking the newest save instead would go on with a branch that was left.
+    """
+    path = hidden(root, HEAD)
+    if not os.path.lexists(path) or _read(path, Head, False) is not None:
+        return ""
+    return f"{path} can't be read: whether the run went back to an earlier checkpoint isn't known"
+
+
 def write_head(root: Path, head: Head) -> None:
     """Durable when this returns."""
-    local.replace(hidden(root, HEAD), _json(head))
+    reserve.spend(root, lambda: local.replace(hidden(root, HEAD), _json(head)))
 
 
 def forget_head(root: Path) -> None:
     """The run is where its newest checkpoint is."""
-    local.unlink(hidden(root, HEAD))
+    local.remove(hidden(root, HEAD))
 
 
 def write_policy(root: Path, options: Mapping[str, object]) -> None:
@@ -87,14 +100,15 @@ def read_policy(root: Path) -> dict[str, object]:
 
 def _read(path: Path, kind: type[T], sure: bool) -> T | None:
     try:
-        return msgspec.json.decode(local.read(path, 1 << 20), type=kind)
+        value = json.loads(local.read(path, 1 << 20))
+        return msgspec.convert(sealed.unseal(value), type=kind) if isinstance(value, dict) else None
     except OSError as error:
         if sure and local.passing(error):
             raise
         return None
-    except (ValueError, msgspec.MsgspecError, RecursionError):  # ValueError: not UTF-8
+    except (ValueError, msgspec.MsgspecError, RecursionError):  # ValueError: not UTF-8 either
         return None
 
 
 def _json(value: msgspec.Struct) -> bytes:
-    return f"{json.dumps(msgspec.to_builtins(value), indent=1)}\n".encode()
+    return f"{json.dumps(sealed.seal(msgspec.to_builtins(value)), indent=1)}\n".encode()

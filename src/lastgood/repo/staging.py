@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lastgood.errors import NotEnoughSpace, SaveFailed
+from lastgood.errors import LastgoodError, NotEnoughSpace, SaveFailed
 from lastgood.format import tensors as safetensors
 from lastgood.format.manifest import safe_name
 from lastgood.model import FileEntry
 from lastgood.repo.layout import hidden, new_id, plain
 from lastgood.store import local
+from lastgood.store.quota import left
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -122,6 +124,36 @@ def failure(path: Path, error: OSError) -> SaveFailed:
     failed = kind(f"{path}: {error.strerror or error} (errno {error.errno}{left})", hint=hint)
     failed.errno = error.errno
     return failed
+
+
+_TOLD = re.compile(r"No space left on device|Disk quota exceeded|(os error |Errno )(28|122)\b", re.IGNORECASE)
+
+
+def lacked_room(root: Path, error: BaseException) -> NotEnoughSpace | None:
+    """The same error as one that says so, if the disk, the inodes or the quota are used up; None for any other.
+
+    To be asked before what was written is removed: libraries hide the system's reason (torch.save: RuntimeError,
+    "unexpected pos"; safetensors: a SafetensorError), so the disk is asked, too.
+    """
+    if isinstance(error, NotEnoughSpace):
+        return error
+    if isinstance(error, OSError) and error.errno in FULL:
+        lack = failure(hidden(root), error)
+        return lack if isinstance(lack, NotEnoughSpace) else None
+    if isinstance(error, (LastgoodError, KeyboardInterrupt, SystemExit, GeneratorExit)):
+        return None
+    if isinstance(error, OSError) and error.errno is not None:
+        return None
+    try:
+        used_up = 0 in left(root)
+    except OSError:  # the disk itself is gone
+        used_up = False
+    if not used_up and not _TOLD.search(str(error)):
+        return None
+    return NotEnoughSpace(
+        f"{root}: {type(error).__name__}: {error}; nothing is left of the disk, of its inodes or of the quota",
+        hint="free space or keep fewer checkpoints",
+    )
 
 
 def _files(directory: Path, prefix: str) -> list[tuple[str, Path]]:

@@ -27,6 +27,12 @@ class _Dqblk(ctypes.Structure):
 
 def quota(path: Path) -> tuple[int, int] | None:
     """(bytes used, bytes allowed) of this user where `path` lies; None if there is no quota or nobody says."""
+    block = _asked(path)
+    limit = 0 if block is None else (block.hard or block.soft) * _BLOCK
+    return (block.used, limit) if block is not None and limit else None
+
+
+def _asked(path: Path) -> _Dqblk | None:
     device = _device(path) if sys.platform == "linux" else None
     if device is None:
         return None
@@ -37,14 +43,25 @@ def quota(path: Path) -> tuple[int, int] | None:
             return None
     except (OSError, AttributeError):
         return None
-    limit = (block.hard or block.soft) * _BLOCK
-    return (block.used, limit) if limit else None
+    return block
 
 
 def room(path: Path) -> int:
     """Bytes that this user can still write there, by the disk and by the quota."""
-    free, limits = local.free(path)[0], quota(path)
-    return free if limits is None else min(free, max(0, limits[1] - limits[0]))
+    return left(path)[0]
+
+
+def left(path: Path) -> tuple[int, int]:
+    """(bytes, files) that this user can still write and make there; files: -1 where nobody counts them."""
+    (free, inodes), block = local.free(path), _asked(path)
+    if block is None:
+        return free, inodes
+    if limit := (block.hard or block.soft) * _BLOCK:
+        free = min(free, max(0, int(limit - block.used)))
+    if limit := block.inode_hard or block.inode_soft:
+        spare = max(0, int(limit - block.inode_used))
+        inodes = spare if inodes < 0 else min(inodes, spare)
+    return free, inodes
 
 
 def _device(path: Path) -> str | None:

@@ -38,6 +38,7 @@ class Checkpointing(Shown):
     save_weights_only, verbose: as in ModelCheckpoint; a save comes before the validation of the same step.
     keep: a lastgood.Keep in the place of save_top_k and save_last.
     on_error: a save that fails warns and training goes on, or raises SaveFailed.
+    on_full: what a save that finds no room does instead: "warn", "wait" until there is room, or "stop" with status 75.
     resume: "auto" goes on from the newest good checkpoint whenever fit is given no ckpt_path, and starts afresh if
         there is none.
     verify: "full" hashes every byte before a resume, "quick" compares sizes and headers.
@@ -62,6 +63,7 @@ class Checkpointing(Shown):
         verbose: bool = False,
         keep: Keep | None = None,
         on_error: Literal["warn", "raise"] = "warn",
+        on_full: Literal["warn", "wait", "stop"] | None = None,
         resume: Literal["auto"] | None = None,
         verify: Literal["full", "quick"] = "full",
         **other: Any,
@@ -69,6 +71,7 @@ class Checkpointing(Shown):
         options.refuse(other)
         for name, value, allowed in (
             ("on_error", on_error, ("warn", "raise")),
+            ("on_full", on_full, ("warn", "wait", "stop", None)),
             ("resume", resume, ("auto", None)),
             ("verify", verify, ("full", "quick")),
         ):
@@ -94,7 +97,7 @@ class Checkpointing(Shown):
             save_weights_only=save_weights_only,
             verbose=verbose,
         )
-        self.on_error, self.resume, self.verify = on_error, resume, verify
+        self.on_error, self.on_full, self.resume, self.verify = on_error, on_full, resume, verify
 
     # ---- ckpt_path -----------------------------------------------------------------------
 
@@ -116,9 +119,9 @@ class Checkpointing(Shown):
     def _open(self, trainer: Any) -> Session:
         """The session of the fit that begins, with the run's lock."""
         if self._session is None:
-            manager = Manager(
-                root=Path(str(self.dirpath)), keep=self.keep or Keep(), on_error=self.on_error, verify=self.verify
-            )
+            root, keep = Path(str(self.dirpath)), self.keep or Keep()
+            manager = Manager(root, keep, on_error=self.on_error, on_full=self.on_full, verify=self.verify)
+            manager.space.leaving = lambda: trainer.received_sigterm
             manager.open()
             self._session = Session(manager, weights_only=self.save_weights_only, trainer=trainer)
         return self._session
@@ -135,8 +138,7 @@ class Checkpointing(Shown):
         self._place(trainer)
         reading = trainer.strategy.checkpoint_io
         if not isinstance(reading, Reading):
-            reading = io_class(self._flavour)(reading)
-            trainer.strategy.checkpoint_io = reading
+            reading = trainer.strategy.checkpoint_io = io_class(self._flavour)(reading)
         reading.session = None
         reading.manager = Manager(root=Path(str(self.dirpath)), keep=self.keep or Keep(), verify=self.verify)
         if stage != "fit" or trainer.fast_dev_run or self.keep is None:
@@ -286,13 +288,14 @@ class Checkpointing(Shown):
         if session is None:
             return
         stopped = type(exception).__name__ == "SIGTERMException"
-        event = "preempted" if stopped else "interrupted"
+        room = exception is session.leave
         try:
-            wanted = stopped or session.due or self.save_on_exception
-            if wanted and session.training and session.landing is None and not isinstance(exception, LastgoodError):
+            wanted = (stopped or session.due or self.save_on_exception) and not isinstance(exception, LastgoodError)
+            if wanted and session.training and session.landing is None and not room:
+                session.ending, session.manager.space.patient = True, False
                 self._save_now(trainer, session)
         finally:
-            session.close(event)
+            session.close("preempted" if stopped or room else "interrupted", **({"by": "space"} if room else {}))
             self._release(trainer)
         if stopped:
             say(f"stopped by SIGTERM at step {trainer.global_step}; the same command continues with ckpt_path='last'")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lastgood.errors import NoCheckpoint, NotSupported
+from lastgood.errors import NoCheckpoint, NotSupported, Preempted
 from lastgood.integrations.lightning import about, metrics, moment, state
 from lastgood.integrations.lightning.metrics import Fresh, Means
 from lastgood.integrations.lightning.moment import Where
@@ -52,6 +52,8 @@ class Session:
     staging: Staging | None = None
     now: Moment | None = None
     told: bool = False
+    ending: bool = False  # the fit is over, whatever becomes of the save
+    leave: Preempted | None = None  # raised because a save found no room
 
     def __post_init__(self) -> None:
         self.watching = Watching(self.fetching)
@@ -257,12 +259,20 @@ class Session:
         rng.restore(drawn)  # whatever the hooks of a save may have drawn
         self.now = None
         if record is None:
+            if self.manager.space.lack is not None and not self.ending:
+                self._stop(step)
             return None
         self.saved_step = step
         if self.noted_step == step and self.noted:
             self.manager.record(step, self.noted)
         self.manager.retain()
         return record
+
+    def _stop(self, step: int) -> None:
+        why = f"stopped (no room for the checkpoint of step {step}) at step {step}"
+        say(f"{why}; the same command continues with ckpt_path='last'")
+        self.leave = Preempted(f"{why}; relaunch to continue")
+        raise self.leave from self.manager.space.lack
 
     def _accumulating(self) -> bool:
         """Whether gradients wait for the next optimizer step."""
@@ -303,12 +313,12 @@ class Session:
 
     # ---- end -----------------------------------------------------------------------------
 
-    def close(self, event: str) -> None:
+    def close(self, event: str, **facts: str) -> None:
         if self.landing is not None and event == "finished":
             # Nothing was left to train, so nothing was fetched: whoever goes on behind it has the run's own generators.
             rng.restore(rng.decode(self.landing.saved["rng"]))
         self.training = False
-        self.manager.close(event)
+        self.manager.close(event, **facts)
 
 
 def loaders(loop: Any) -> list[Watched]:

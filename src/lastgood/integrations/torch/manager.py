@@ -67,11 +67,10 @@ class CheckpointManager:
         trains_what_is_saved(self.parts)
         self.report: Report | None = None
         self._run = Manager(
-            root=Path(root).absolute(),
-            keep=self.options.keep,
-            on_error=self.options.on_error,
-            verify=self.options.verify,
-        )
+            root=Path(root).absolute(), keep=self.options.keep, on_error=self.options.on_error,
+            on_full=self.options.on_full, verify=self.options.verify,
+        )  # fmt: skip
+        self._run.space.leaving = lambda: self._occasions.stopping(self._boundary.step if self._boundary else 0)
         self._occasions = Occasions(self.options.triggers)
         self._guard = Guard(on=self.options.guard == "mark", not_finite=self._not_finite)
         self._stack = ExitStack()
@@ -307,18 +306,20 @@ class CheckpointManager:
             self._recorder.saved(boundary.step, record.id)
             self._metrics.saved(boundary.step)
             self._run.retain()
+        elif self._run.space.lack is not None:
+            self._occasions.no_room(boundary.step)
         return record
 
     def _leave(self, boundary: Boundary) -> None:
-        if boundary.step not in self._run.saved and boundary.step > self._began:
+        if boundary.step not in self._run.saved and self._began < boundary.step != self._run.space.left:
             self._save(boundary, (self._occasions.leave,))
         why = self._occasions.parting(boundary.step)
         say(f"{why}; the same command continues")
-        raise Preempted(f"{why}; relaunch to continue")
+        raise Preempted(f"{why}; relaunch to continue") from self._run.space.lack
 
     def _rescue(self, error: BaseException) -> None:
         """Training failed; whatever happens here, its error must not be hidden by another one."""
-        boundary = self._boundary
+        boundary, self._run.space.patient = self._boundary, False
         if boundary is not None and self._run._lock is not None:
             try:
                 self._save_last(boundary, f"{type(error).__name__} after step {boundary.step}", sure=True)

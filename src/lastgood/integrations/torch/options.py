@@ -19,6 +19,9 @@ class Options:
         that is followed. save_best: also at a step whose recorded metric is the best so far.
     time_limit: seconds (or "3h30m") after which this process will be ended from outside; save and leave before.
     on_error: a save that fails warns and training goes on, or raises SaveFailed.
+    on_full: what a save does that finds no room on the disk, in its inodes or in the quota, whatever on_error says of
+        other failures: "warn" leaves it out and training goes on, "wait" holds training until there is room, "stop"
+        leaves with status 75 (Preempted, caused by NotEnoughSpace). None: as on_error says.
     verify: "full" hashes every byte before a restore, "quick" compares sizes and headers.
     allow_missing: parts that a restore may go without, and parts of a checkpoint that this run doesn't have.
     init: a checkpoint of another run whose weights a new run begins with; a run that has checkpoints ignores it.
@@ -36,6 +39,7 @@ class Options:
     save_best: bool = False
     time_limit: float | str | None = None
     on_error: Literal["warn", "raise"] = "warn"
+    on_full: Literal["warn", "wait", "stop"] | None = None
     verify: Literal["full", "quick"] = "full"
     allow_missing: Sequence[str] = ()
     init: str | os.PathLike[str] | None = None
@@ -51,6 +55,7 @@ class Options:
             )
         for name, allowed in (
             ("on_error", ("warn", "raise")),
+            ("on_full", ("warn", "wait", "stop", None)),
             ("verify", ("full", "quick")),
             ("guard", ("mark", "off")),
         ):

@@ -19,6 +19,9 @@ MISSABLE = frozenset({"optimizer", "scheduler", "rng", "scaler", "data", "progre
 class Options:
     """keep: what to retain; None takes save_total_limit, metric_for_best_model and greater_is_better.
     on_error: a save that fails warns and training goes on, or raises SaveFailed.
+    on_full: what a save does that finds no room on the disk, in its inodes or in the quota, whatever on_error says of
+        other failures: "warn" leaves it out and training goes on, "wait" holds training until there is room, "stop"
+        leaves with status 75 (Preempted, caused by NotEnoughSpace). None: as on_error says.
     verify: "full" hashes every byte before a resume, "quick" compares sizes and headers.
     allow_missing: parts that a resume may go without; they start afresh, and the report says so.
     hyperparameters: on resume learning rate, weight decay, betas as saved, or this run's ("new").
@@ -34,6 +37,7 @@ class Options:
 
     keep: Keep | None = None
     on_error: Literal["warn", "raise"] = "warn"
+    on_full: Literal["warn", "wait", "stop"] | None = None
     verify: Literal["full", "quick"] = "full"
     allow_missing: Sequence[str] = ()
     hyperparameters: Literal["saved", "new"] = "saved"
@@ -51,6 +55,7 @@ class Options:
             )
         for name, allowed in (
             ("on_error", ("warn", "raise")),
+            ("on_full", ("warn", "wait", "stop", None)),
             ("verify", ("full", "quick")),
             ("hyperparameters", ("saved", "new")),
             ("data_skip", ("auto", "fast", "replay")),

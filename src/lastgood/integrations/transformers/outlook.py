@@ -21,9 +21,9 @@ from lastgood.planner.sizes import LOG_ROW, Training, sizes
 from lastgood.planner.suggest import suggest
 from lastgood.policy import Keep
 from lastgood.repo import bin
+from lastgood.repo.free import free as free_for
 from lastgood.repo.run import read_head
 from lastgood.schedule import absolute_steps
-from lastgood.store.quota import room
 from lastgood.talk import note, say
 from lastgood.units import size
 
@@ -34,6 +34,8 @@ LARGE = 1 << 30
 """Bytes of a save from which on the plan is always said (1 GiB)."""
 SHARE = 5
 """... or from a fifth of the free space on."""
+NO_ROOM = {"wait": "training waits where a save finds no room", "stop": "the run stops where a save finds no room"}
+"""on_full -> what a plan that doesn't fit means; for the others such saves are left out."""
 ENOUGH = 100
 """Saves that a policy has to get through to be suggested."""
 
@@ -55,7 +57,7 @@ def _look_ahead(session: Session) -> None:
     if not coming.steps or (keep.within is not None and coming.pace <= 0):
         return  # nobody knows yet how long a step takes
     own = sum(record.size for record in there)
-    free = room(manager.root)
+    free = free_for(manager.root).bytes
     # What `prune` removed is emptied by a save that needs the space.
     space = free + own + bin.size(manager.root) - RESERVE
     found = ahead(coming, keep, space, there=there, head=read_head(manager.root, manager.run))
@@ -122,7 +124,7 @@ def _finding(
         saw=f"the save at step {found.full_at} {verb}: each takes {size(coming.size)}, {size(free)} are free{mine},"
         f" {len(coming.steps)} saves are to come up to step {last}",
         means=f'with "{keep.describe()}" they take {size(found.peak)} at the most;'
-        " saves that find no room are left out",
+        f" {NO_ROOM.get(manager.on_full or '', 'saves that find no room are left out')}",
         fix=tuple(fix),
     )
     return rule("CKS005").finding(Case(), sight, sight.where)

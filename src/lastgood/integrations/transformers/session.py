@@ -92,8 +92,10 @@ class Session:
             root=Path(self.trainer._get_output_dir(trial)),
             keep=retention(self.options, args),
             on_error=self.options.on_error,
+            on_full=self.options.on_full,
             verify=self.options.verify,
         )
+        self.manager.space.leaving = lambda: self.occasions.stopping(self.trainer.state.global_step)
         self._reset()
         self.attach()
         event = "interrupted"
@@ -289,6 +291,7 @@ class Session:
         self.owed = False
         self.occasions.saved(step, time.monotonic() - begun, trainer.state.epoch or 0.0)
         if record is None:
+            self._without(step)
             return None
         self.recorder.saved(step, record.id)
         self.saved_step, self.saved_rows = step, len(trainer.state.log_history)
@@ -297,6 +300,13 @@ class Session:
         decisions = self.live.retain()
         self._set_best([decision.record for decision in decisions if decision.action != "delete"])
         return record
+
+    def _without(self, step: int) -> None:
+        """The save of this step came to nothing: is it the end, or was that asked for while it waited for room?"""
+        if self.live.space.lack is not None:
+            self.occasions.no_room(step)
+        if self.occasions.leave:
+            self.trainer.control.should_training_stop = True
 
     def facts(self) -> dict[str, Any]:
         """What a later resume compares itself with."""
@@ -320,7 +330,8 @@ class Session:
 
     def stop_inside_evaluation(self) -> None:
         """Asked to stop while evaluating, which can take hours: save the step that is being evaluated, and leave."""
-        if self.saved_step != self.trainer.state.global_step and self.trainer.args.save_strategy != "no":
+        step = self.trainer.state.global_step
+        if step not in (self.saved_step, self.live.space.left) and self.trainer.args.save_strategy != "no":
             self.trainer._save_checkpoint(self.trainer.model, None)
         self.preempted()
 
@@ -329,7 +340,7 @@ class Session:
         self.trainer.is_in_train = False
         why = self.occasions.parting(self.trainer.state.global_step)
         say(f"{why}; the same command continues")
-        raise Preempted(f"{why}; relaunch to continue")
+        raise Preempted(f"{why}; relaunch to continue") from self.live.space.lack
 
     # ---- best ----------------------------------------------------------------------------
 
