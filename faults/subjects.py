@@ -6,11 +6,14 @@ brought back is told by its step and a digest of model and optimizer.
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import importlib
 import os
 import shutil
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,27 +23,36 @@ KEPT_BY_US = ".lastgood"
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """save: resume what is there, train up to this version (1 or 2), save it. resume: (step, digest), and no more."""
+    """save: resume what is there, train up to this version (1 or 2), save it. resume: (step, digest), and no more.
+
+    needs: modules to import beforehand.
+    """
 
     name: str
     title: str
     save: Callable[[Path, int], None]
     resume: Callable[[Path], tuple[int, str]]
+    needs: tuple[str, ...]
     ours: bool = False
 
 
-def preload() -> None:
-    """Import once what every child needs."""
-    import torch
-    import torch.distributed.checkpoint
-    import transformers
+def preload(subject: Subject) -> None:
+    """Import once what every child needs, and let none of them look for garbage in it: accelerate does at each turn."""
+    for name in subject.needs:
+        with suppress(ImportError):
+            module = importlib.import_module(name)
+            if name == "transformers":
+                assert module.Trainer, "imported when it is asked for"
+                assert module.GPT2LMHeadModel
+    gc.collect()
+    gc.freeze()
 
-    import lastgood.integrations.torch.manager
-    import lastgood.integrations.transformers.manage  # noqa: F401
+
+def quiet() -> None:
+    """In the child: one thread for arithmetic, so that its results are the same each time; no warnings."""
+    import torch
 
     torch.set_num_threads(1)
-    transformers.utils.logging.set_verbosity_error()
-    assert transformers.Trainer and transformers.GPT2LMHeadModel  # these are imported when they are asked for
     warnings.simplefilter("ignore")
 
 
@@ -295,16 +307,26 @@ def digest(model: Any, optimizer: Any, scheduler: Any = None) -> str:
     return hasher.hexdigest()
 
 
+TORCH = ("torch",)
+DCP = ("torch", "torch.distributed.checkpoint", "torch.distributed.checkpoint.state_dict")
+LOOP = ("torch", "lastgood.integrations.torch.manager")
+TRAINER = ("torch", "transformers", "torchdata.stateful_dataloader")
+MANAGED = (*TRAINER, "lastgood.integrations.transformers.manage")
+
 SUBJECTS = {
     subject.name: subject
     for subject in (
-        Subject("trainer", "transformers Trainer", _trainer_save, _trainer_resume),
-        Subject("managed", "Trainer managed by lastgood", _managed_save, _managed_resume, ours=True),
-        Subject("dcp-new", "DCP, a new directory each", _dcp_save(_dcp_newest, "step-{}"), _dcp_resume(_dcp_newest)),
-        Subject("dcp-over", "DCP, the same directory", _dcp_save(_dcp_one, "checkpoint"), _dcp_resume(_dcp_one)),
-        Subject("loop", "CheckpointManager", _loop_save, _loop_resume, ours=True),
-        Subject("torch-over", "torch.save, the same file", _torch_save(_one, _over), _torch_resume(_one)),
-        Subject("torch-new", "torch.save, a new file each", _torch_save(_newest, _beside), _torch_resume(_newest)),
-        Subject("torch-rename", "torch.save, renamed into place", _torch_save(_one, _renamed), _torch_resume(_one)),
+        Subject("trainer", "transformers Trainer", _trainer_save, _trainer_resume, TRAINER),
+        Subject("managed", "Trainer managed by lastgood", _managed_save, _managed_resume, MANAGED, ours=True),
+        Subject(
+            "dcp-new", "DCP, a new directory each", _dcp_save(_dcp_newest, "step-{}"), _dcp_resume(_dcp_newest), DCP
+        ),
+        Subject("dcp-over", "DCP, the same directory", _dcp_save(_dcp_one, "checkpoint"), _dcp_resume(_dcp_one), DCP),
+        Subject("loop", "CheckpointManager", _loop_save, _loop_resume, LOOP, ours=True),
+        Subject("torch-over", "torch.save, the same file", _torch_save(_one, _over), _torch_resume(_one), TORCH),
+        Subject(
+            "torch-new", "torch.save, a new file each", _torch_save(_newest, _beside), _torch_resume(_newest), TORCH
+        ),
+        Subject("torch-rename", "torch.save, renamed", _torch_save(_one, _renamed), _torch_resume(_one), TORCH),
     )
 }

@@ -4,8 +4,8 @@
     python -m faults.traced SUBJECT          one of them: trainer, managed, dcp-new, dcp-over, loop, torch-...
     python -m faults.traced SUBJECT POINT    one point again, with what the processes said
 
-The calls are those that change something under the run directory, of all threads (`faults.tracer`): another way to count
-than from within Python, and one that sees what libraries do.
+The calls are those that change something under the run directory, of all threads (`faults.tracer`): another way to
+count than from within Python, and one that sees what libraries do.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -25,8 +23,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from faults.subjects import KEPT_BY_US, SUBJECTS, Subject, preload
-from faults.tracer import Trace, kill_at, missing, trace
+from faults import kept, tracer
+from faults.subjects import KEPT_BY_US, SUBJECTS, Subject, preload, quiet
 
 KINDS = {
     "new": "resumed from the new one",
@@ -36,7 +34,6 @@ KINDS = {
     "lost": "nothing good was left",
 }
 GOOD = ("new", "older")
-BUILD = Path("build/faults")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +41,7 @@ class Straight:
     """The save that nobody killed. before, after: files by name; first, second: what a resume brings back of each."""
 
     place: Path
-    trace: Trace
+    trace: tracer.Trace
     before: dict[str, bytes]
     after: dict[str, bytes]
     first: tuple[int, str]
@@ -63,6 +60,11 @@ class Bench:
     def log(self) -> Path:
         return self.place / "log"
 
+    def save(self, run: Path, version: int) -> None:
+        """What a child does."""
+        quiet()
+        self.subject.save(run, version)
+
     def straight(self) -> Straight:
         """Version 1, then version 2 from it under the tracer, and what a resume makes of each."""
         if self.made is None:
@@ -70,15 +72,16 @@ class Bench:
             shutil.rmtree(original, ignore_errors=True)
             original.mkdir(parents=True)
             self.log.unlink(missing_ok=True)
-            done = trace(lambda: self.subject.save(original, 1), original, self.log)
-            assert done.status == 0, self.log.read_text()
+            assert tracer.run(lambda: self.save(original, 1), self.log) == 0, self.log.read_text()
             shutil.copytree(original, run)
-            traced = trace(lambda: self.subject.save(run, 2), run, self.log)
-            assert traced.status == 0 and traced.calls, self.log.read_text()
+            traced = tracer.trace(lambda: self.save(run, 2), run, self.log)
+            assert traced.status == 0, self.log.read_text()
             before, after = files(original), files(run)
             first, second = self.resumed(self.copy(original)), self.resumed(run)
-            assert first is not None and second is not None, self.log.read_text()
-            assert (first[0], second[0]) == (1, 2) and first[1] != second[1], (first, second)
+            assert first is not None, self.log.read_text()
+            assert second is not None, self.log.read_text()
+            assert (first[0], second[0]) == (1, 2), "a resume finds another step than was saved"
+            assert first[1] != second[1], "the versions can't be told apart"
             self.made = Straight(original, traced, before, after, first, second)
         return self.made
 
@@ -86,7 +89,7 @@ class Bench:
         """The run after version 2 was killed before its `point`-th call."""
         straight = self.straight()
         run = self.copy(straight.place)
-        done = trace(lambda: self.subject.save(run, 2), run, self.log, kill_at(point))
+        done = tracer.trace(lambda: self.save(run, 2), run, self.log, tracer.kill_at(point))
         assert done.status == -9, f"point {point} was never reached; the save makes {len(done.calls)} calls"
         hit, meant = done.calls[-1], straight.trace.calls[point - 1]
         # Threads may overtake each other; what the first thread does comes in one order.
@@ -110,9 +113,12 @@ class Bench:
         """What a resume brings back; None if it fails."""
         answer = self.place / "answer"
         answer.unlink(missing_ok=True)
-        status = trace(
-            lambda: answer.write_text(json.dumps(self.subject.resume(run))), Path("/nowhere"), self.log
-        ).status
+
+        def resume() -> None:
+            quiet()
+            answer.write_text(json.dumps(self.subject.resume(run)))
+
+        status = tracer.run(resume, self.log)
         if status:
             return None
         step, digest = json.loads(answer.read_text())
@@ -139,7 +145,7 @@ def files(root: Path) -> dict[str, bytes]:
 
 @cache
 def bench(name: str) -> Bench:
-    preload()
+    preload(SUBJECTS[name])
     memory = Path("/dev/shm")
     base = memory if memory.is_dir() else None
     place = tempfile.TemporaryDirectory(prefix="lastgood-faults-", dir=base)
@@ -163,37 +169,22 @@ def run(point: str) -> str:
     return "" if verdict in GOOD else KINDS[verdict]
 
 
-@contextmanager
-def results(path: Path) -> Iterator[dict[str, dict[str, str]]]:
-    """subject -> point -> verdict, kept on disk so that a run that was stopped goes on where it was."""
-    found = json.loads(path.read_text()) if path.exists() else {}
-    try:
-        yield found
-    finally:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=1))
-
-
-def sweep(names: list[str], path: Path, console: Console) -> dict[str, Counter[str]]:
-    """Every point of these subjects that has no verdict yet."""
-    counts = {}
-    for name in names:
-        calls = bench(name).straight().trace.calls
-        with results(path) as found:
-            mine = found.setdefault(name, {})
-            for number, call in enumerate(calls, 1):
-                key = f"{number} {call}"
-                if key not in mine:
-                    mine[key] = bench(name).verdict(number)
-            # Those of a save that has changed since aren't counted.
-            found[name] = {f"{n} {call}": mine[f"{n} {call}"] for n, call in enumerate(calls, 1)}
-            counts[name] = Counter(found[name].values())
-        console.print(f"{name}: {len(calls)} points, {dict(counts[name])}")
-    return counts
+def sweep(name: str, console: Console, *, fresh: bool = False) -> Counter[str]:
+    """How often each kind came about, over every point of this subject."""
+    found = kept.sweep(
+        f"traced-{name}",
+        points(name),
+        lambda point: bench(name).verdict(int(point.partition(":")[2])),
+        console,
+        fresh=fresh,
+        settled=bool,
+    )
+    return Counter(found.values())
 
 
 def table(counts: dict[str, Counter[str]]) -> Table:
-    made = Table("killed before each call of a save", "points", *KINDS, caption="\n".join(f"{k}: {t}" for k, t in KINDS.items()))
+    meaning = "\n".join(f"{kind}: {meant}" for kind, meant in KINDS.items())
+    made = Table("killed before each call of a save", "points", *KINDS, caption=meaning)
     for name, counted in counts.items():
         made.add_row(SUBJECTS[name].title, str(counted.total()), *(str(counted[kind]) for kind in KINDS))
     return made
@@ -205,7 +196,7 @@ def main() -> int:
     parser.add_argument("point", nargs="?", type=int)
     parser.add_argument("--fresh", action="store_true", help="forget what an earlier run has found")
     args = parser.parse_args()
-    console, why, path = Console(), missing(), BUILD / "traced.json"
+    console, why = Console(), tracer.missing()
     if why:
         console.print(f"skipped: {why}")
         return 0
@@ -216,12 +207,10 @@ def main() -> int:
         console.print(f"{args.subject}, before call {args.point} ({one.straight().trace.calls[args.point - 1]}):")
         console.print(KINDS[verdict])
         return verdict not in GOOD
-    if args.fresh:
-        path.unlink(missing_ok=True)
-    counts = sweep([args.subject] if args.subject else list(SUBJECTS), path, console)
+    names = [args.subject] if args.subject else list(SUBJECTS)
+    counts = {name: sweep(name, console, fresh=args.fresh) for name in names}
     console.print(table(counts))
-    bad = sum(counted[kind] for name, counted in counts.items() if SUBJECTS[name].ours for kind in ("silent", "crashed", "lost"))
-    return bool(bad)
+    return any(counts[name][kind] for name in names if SUBJECTS[name].ours for kind in KINDS if kind not in GOOD)
 
 
 if __name__ == "__main__":
