@@ -76,14 +76,14 @@ def failing(image: Path, place: Path) -> Iterator[Block]:
     at.mkdir(exist_ok=True)
     serve = ["nbdkit", "-s", "--exit-with-parent", "--filter=error", "file", os.fspath(image)]
     serve += ["error-pwrite=EIO", "error-pwrite-rate=100%", f"error-file={trigger}"]
-    process = subprocess.Popen(
-        ["nbdfuse", os.fspath(at / "disk"), "--command", *serve], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    said = place / "nbdfuse.log"
+    with said.open("wb") as log:
+        words = ["nbdfuse", os.fspath(at / "disk"), "--command", *serve]
+        process = subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
     try:
         _until(lambda: (at / "disk").exists() or process.poll() is not None)
         if process.poll() is not None:
-            assert process.stderr is not None
-            raise OSError(EIO, f"nbdfuse ended: {process.stderr.read().decode()[-500:]}")
+            raise OSError(EIO, f"nbdfuse ended: {said.read_text()[-500:]}")
         device = disks.command("losetup", "--find", "--show", os.fspath(at / "disk")).strip()
         try:
             yield Block(Path(device), trigger)
@@ -210,6 +210,7 @@ def main() -> int:
         console.print(fault or "nothing is wrong", highlight=False)
         return bool(fault)
     found = kept.sweep("blocks", points(), run, console, fresh=args.fresh)
+    kept.publish("blocks", "python -m faults.blocks", cuts.counted(found))
     console.print(f"{len(found)} points, {sum(map(bool, found.values()))} bad")
     return any(found.values())
 

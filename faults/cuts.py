@@ -184,18 +184,21 @@ def main() -> int:
         console.print(fault or "nothing is wrong", highlight=False)
         return bool(fault)
     found = kept.sweep("cuts", points()[:: args.every], run, console, fresh=args.fresh)
-    console.print(table(found))
+    counts = counted(found)
+    every = f" --every {args.every}" if args.every > 1 else ""
+    kept.publish("cuts", f"python -m faults.cuts{every}", counts)
+    made = Table("power cut", "points", "bad")
+    for what, (tried, bad) in counts.items():
+        made.add_row(what, str(tried), str(bad))
+    console.print(made)
     return any(found.values())
 
 
-def table(found: dict[str, str]) -> Table:
-    made = Table("power cut", "points", "bad")
-    for kind in disks.MAKE:
-        for moment in MOMENTS:
-            mine = {point: fault for point, fault in found.items() if point.startswith(f"{kind} {moment} ")}
-            counted = Counter(bool(fault) for fault in mine.values())
-            made.add_row(f"{kind}, {moment}", str(counted.total()), str(counted[True]))
-    return made
+def counted(found: dict[str, str]) -> dict[str, tuple[int, int]]:
+    """File system, moment and operation -> (points, bad)."""
+    tried = Counter(point.rpartition(" ")[0] for point in found)
+    bad = Counter(point.rpartition(" ")[0] for point, fault in found.items() if fault)
+    return {what: (count, bad[what]) for what, count in tried.items()}
 
 
 if __name__ == "__main__":

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
 
 BUILD = Path("build/faults")
+DOCS = Path(__file__).parent.parent / "docs"
 
 
 def load(name: str) -> dict[str, str]:
@@ -27,6 +28,12 @@ def store(name: str, found: dict[str, str]) -> None:
     new = BUILD / f"{name}.json.new"
     new.write_text(json.dumps(found, indent=1))
     os.replace(new, BUILD / f"{name}.json")
+
+
+def publish(name: str, command: str, counts: Mapping[str, tuple[int, int]]) -> None:
+    """What a lane has found, for the docs: what was tried -> (points, bad)."""
+    rows = {what: {"points": points, "bad": bad} for what, (points, bad) in counts.items()}
+    (DOCS / f"faults-{name}.json").write_text(f"{json.dumps({'command': command, 'tried': rows}, indent=1)}\n")
 
 
 def sweep(

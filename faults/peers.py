@@ -28,7 +28,7 @@ from faults.cuts import MOMENTS
 from faults.subjects import SUBJECTS
 
 RESULTS = Path(__file__).parent.parent / "docs" / "faults-peers.json"
-COMMAND = "./scripts/faults peers"
+COMMAND = "python -m faults.peers"
 
 
 def points(names: Sequence[str] = ()) -> list[str]:

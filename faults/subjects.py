@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,32 +19,49 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from faults import tracer
+
 KEPT_BY_US = ".lastgood"
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """save: resume what is there, train up to this version (1 or 2), save it. resume: (step, digest), and no more.
-
-    needs: modules to import beforehand.
-    """
+    """save: resume what is there, train up to this version (1 or 2), save it. resume: (step, digest), and no more."""
 
     name: str
     title: str
     save: Callable[[Path, int], None]
     resume: Callable[[Path], tuple[int, str]]
-    needs: tuple[str, ...]
     ours: bool = False
 
 
-def preload(subject: Subject) -> None:
-    """Import once what every child needs, and let none of them look for garbage in it: accelerate does at each turn."""
-    for name in subject.needs:
-        with suppress(ImportError):
-            module = importlib.import_module(name)
-            if name == "transformers":
-                assert module.Trainer, "imported when it is asked for"
-                assert module.GPT2LMHeadModel
+def preload(subject: Subject, place: Path, log: Path) -> None:
+    """Import once what every child of this subject imports: a first one does it all and tells.
+
+    None of them shall look for garbage in that either: accelerate does at each turn.
+    """
+    import torch
+
+    torch.set_num_threads(torch.get_num_threads())  # torch is there before anything is forked
+    told = place / "modules"
+
+    def first() -> None:
+        quiet()
+        known, run = set(sys.modules), place / "first"
+        run.mkdir()
+        subject.save(run, 1)
+        subject.save(run, 2)
+        subject.resume(run)
+        told.write_text("\n".join(sys.modules.keys() - known))
+
+    status = tracer.run(first, log)
+    assert status == 0, log.read_text()
+    shutil.rmtree(place / "first")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in sorted(told.read_text().split()):
+            with suppress(ImportError):
+                importlib.import_module(name)
     gc.collect()
     gc.freeze()
 
@@ -307,26 +325,16 @@ def digest(model: Any, optimizer: Any, scheduler: Any = None) -> str:
     return hasher.hexdigest()
 
 
-TORCH = ("torch",)
-DCP = ("torch", "torch.distributed.checkpoint", "torch.distributed.checkpoint.state_dict")
-LOOP = ("torch", "lastgood.integrations.torch.manager")
-TRAINER = ("torch", "transformers", "torchdata.stateful_dataloader")
-MANAGED = (*TRAINER, "lastgood.integrations.transformers.manage")
-
 SUBJECTS = {
     subject.name: subject
     for subject in (
-        Subject("trainer", "transformers Trainer", _trainer_save, _trainer_resume, TRAINER),
-        Subject("managed", "Trainer managed by lastgood", _managed_save, _managed_resume, MANAGED, ours=True),
-        Subject(
-            "dcp-new", "DCP, a new directory each", _dcp_save(_dcp_newest, "step-{}"), _dcp_resume(_dcp_newest), DCP
-        ),
-        Subject("dcp-over", "DCP, the same directory", _dcp_save(_dcp_one, "checkpoint"), _dcp_resume(_dcp_one), DCP),
-        Subject("loop", "CheckpointManager", _loop_save, _loop_resume, LOOP, ours=True),
-        Subject("torch-over", "torch.save, the same file", _torch_save(_one, _over), _torch_resume(_one), TORCH),
-        Subject(
-            "torch-new", "torch.save, a new file each", _torch_save(_newest, _beside), _torch_resume(_newest), TORCH
-        ),
-        Subject("torch-rename", "torch.save, renamed", _torch_save(_one, _renamed), _torch_resume(_one), TORCH),
+        Subject("trainer", "transformers Trainer", _trainer_save, _trainer_resume),
+        Subject("managed", "Trainer managed by lastgood", _managed_save, _managed_resume, ours=True),
+        Subject("dcp-new", "DCP, a new directory each", _dcp_save(_dcp_newest, "step-{}"), _dcp_resume(_dcp_newest)),
+        Subject("dcp-over", "DCP, the same directory", _dcp_save(_dcp_one, "checkpoint"), _dcp_resume(_dcp_one)),
+        Subject("loop", "CheckpointManager", _loop_save, _loop_resume, ours=True),
+        Subject("torch-over", "torch.save, the same file", _torch_save(_one, _over), _torch_resume(_one)),
+        Subject("torch-new", "torch.save, a new file each", _torch_save(_newest, _beside), _torch_resume(_newest)),
+        Subject("torch-rename", "torch.save, renamed into place", _torch_save(_one, _renamed), _torch_resume(_one)),
     )
 }

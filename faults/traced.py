@@ -145,12 +145,13 @@ def files(root: Path) -> dict[str, bytes]:
 
 @cache
 def bench(name: str) -> Bench:
-    preload(SUBJECTS[name])
     memory = Path("/dev/shm")
     base = memory if memory.is_dir() else None
     place = tempfile.TemporaryDirectory(prefix="lastgood-faults-", dir=base)
     _places.append(place)  # it goes when the process ends
-    return Bench(SUBJECTS[name], Path(place.name))
+    made = Bench(SUBJECTS[name], Path(place.name))
+    preload(made.subject, made.place, made.log)
+    return made
 
 
 _places: list[tempfile.TemporaryDirectory[str]] = []
