@@ -26,7 +26,7 @@ from faults import lanes, table
 from faults.operations import OPERATIONS
 
 HERE = Path(__file__).parent
-DONE = HERE.parent / ".faults" / "done.jsonl"
+DONE = HERE.parent / "build" / "faults" / "done.jsonl"
 """One line for each lane and operation that is through."""
 
 
@@ -85,7 +85,7 @@ def main(chosen: tuple[str, ...], part: str, every: int, jobs: int, again: bool,
         return
     if again:
         DONE.unlink(missing_ok=True)
-    DONE.parent.mkdir(exist_ok=True)
+    DONE.parent.mkdir(parents=True, exist_ok=True)
     units = todo(chosen or tuple(lanes.LANES), part, every)
     with Progress(transient=True) as bar, ProcessPoolExecutor(jobs) as pool:
         task = bar.add_task("faults", total=len(units))

@@ -26,10 +26,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from faults import cuts, disks, kept, tracer
-from faults.operations import Operation
 from lastgood.errors import SaveFailed
 from lastgood.repo.read import records
+
+from faults import cuts, disks, kept, tracer
+from faults.operations import Operation
 
 TOOLS = ("nbdkit", "nbdfuse", "losetup", "fusermount3")
 NAMES = ("next_save(three)", "first_save(nothing)", "save_and_prune(three)")

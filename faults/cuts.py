@@ -25,11 +25,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from lastgood.repo.read import records
+from lastgood.store.fs import FileSystem, using
+
 from faults import disks, kept, tracer
 from faults.judge import Known, verdict
 from faults.operations import OPERATIONS, Operation
-from lastgood.repo.read import records
-from lastgood.store.fs import FileSystem, using
 
 MOMENTS = ("cut", "committed")
 AT_EVERY_CALL = (

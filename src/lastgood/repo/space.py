@@ -26,7 +26,7 @@ class Space:
 
     leaving: asked while a save waits for room, which ends when it says something. lack: of the last save, where
     training is to stop for it. missed: saves in a row that found no room; left: the step of the last of them.
-    patient: False once nothing is to wait any more, because the process is on its way out. root: as its writer spells it.
+    patient: False once nothing is to wait any more, because the process is leaving. root: as its writer spells it.
     """
 
     root: Path
