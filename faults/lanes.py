@@ -96,10 +96,11 @@ def struck(bench: Bench, text: str) -> str:
         try:
             bench.operation.act(bench.root)
             returned = True
-        except (Crash, LastgoodError, OSError):
+        except (Crash, LastgoodError):
             pass
         except Exception as raised:
-            trouble = f"I19: {type(raised).__name__} instead of an error of ours: {raised}"
+            if not (isinstance(raised, OSError) and bench.operation.by_hand):  # the command line explains it
+                trouble = f"I19: {type(raised).__name__} instead of an error of ours: {raised}"
     if not disk.struck:
         return f"call {fault.point} was never made: not the same operation as before"
     gc.collect()

@@ -71,6 +71,11 @@ class Operation:
     lasting: Callable[[Path], bool] | None = None
 
     @property
+    def by_hand(self) -> bool:
+        """Whether the command line does it, which explains what the system says; a training has to do so itself."""
+        return self.act not in LIVE
+
+    @property
     def name(self) -> str:
         """Unique, for the text of a point."""
         return f"{self.act.__name__}({self.before.__name__})"
@@ -92,6 +97,12 @@ def _names(root: Path) -> dict[int, tuple[str, ...]]:
     found = pins.read(root)
     return {record.step: found[record.id] for record in records(root) if record.id in found}
 
+
+LIVE = (
+    first_save, next_save, save_and_prune, save_and_strip, save_again, save_on_a_branch, go_back, start_again,
+    set_aside, recover, note_down, answer,
+)  # fmt: skip
+"""What a training does."""
 
 OPERATIONS: Sequence[Operation] = (
     Operation(first_save, nothing, floor=0, done=_has(1)),

@@ -95,18 +95,27 @@ class Manager:
                 hint="choose a directory of its own for this run",
             )
         try:
-            layout.own(self.root)
-            local.make_dirs(self.root / layout.HIDDEN)
-            lock = RunLock(self.root)
-            lock.acquire(takeover=takeover)
-            self._lock, self.space.root = lock, lock.door
-            with self._fenced():
-                gc.sweep(self.door, self._sightings)
-                self._recover_identity()
-        except OSError as error:
+            with self._usable():
+                layout.own(self.root)
+                local.make_dirs(self.root / layout.HIDDEN)
+                lock = RunLock(self.root)
+                lock.acquire(takeover=takeover)
+                self._lock, self.space.root = lock, lock.door
+                with self._fenced():
+                    gc.sweep(self.door, self._sightings)
+                    self._recover_identity()
+        except OSError:
             if self._lock is not None:  # who can't write to the run doesn't keep others from it
                 self._lock.release()
                 self._lock, self.space.root = None, self.root
+            raise
+
+    @contextmanager
+    def _usable(self) -> Iterator[None]:
+        """A run can't begin on a disk that fails: SaveFailed instead of a bare OSError."""
+        try:
+            yield
+        except OSError as error:
             if isinstance(error, LastgoodError):
                 raise
             raise SaveFailed(
@@ -124,9 +133,12 @@ class Manager:
             warn(f"{self.root} had no readable run.json; the run was recognised by its checkpoints")
 
     def begin_fresh(self) -> None:
-        """A new run: checkpoints that are already in the directory become foreign and are never touched."""
+        """A new run: checkpoints that are already in the directory become foreign and are never touched.
+
+        Raises SaveFailed.
+        """
         others = [record.name for record in self.records() if record.state != "incomplete"]
-        with self._fenced():
+        with self._usable(), self._fenced():
             self.run = start_run(self.door)
         self.lineage, self.next, self.parent, self.saved = (), 1, None, {}
         write_policy(self.door, self.keep.options())
@@ -134,7 +146,7 @@ class Manager:
         journal.append(self.door, "started", run=self.run, others=others)
 
     def begin_from(self, record: Record) -> None:
-        """Continue from a checkpoint of this run; from an older one, a branch begins."""
+        """Continue from a checkpoint of this run; from an older one, a branch begins. Raises SaveFailed."""
         manifest = record.manifest
         if manifest is None:
             raise NoCheckpoint(f"{record.name} has no manifest to continue from")
@@ -146,10 +158,10 @@ class Manager:
         if left or not record.current:
             # Written down before training goes on: otherwise a crash before the first save of the
             # new branch would hand the abandoned one to the next resume.
-            with self._fenced():
+            with self._usable(), self._fenced():
                 write_head(self.door, Head(run=self.run, lineage=manifest.lineage, next=self.next))
         elif lost_head(self.root):
-            with self._fenced():
+            with self._usable(), self._fenced():
                 forget_head(self.door)
         write_policy(self.door, self.keep.options())
         self.space.begin(manifest)
@@ -372,8 +384,12 @@ class Manager:
         for name in names:
             if run is None or not _carries(self.root / name, run):
                 continue
-            with self._fenced():
-                place = quarantine(self.door, name)
+            try:
+                with self._fenced():
+                    place = quarantine(self.door, name)
+            except OSError as error:  # a full disk must not keep a run from going on from a good one
+                warn(f"{name} is damaged and could not be moved aside ({self._told(error)})")
+                continue
             say(f"{name} is damaged; moved to {place}")
 
 

@@ -145,7 +145,8 @@ class RunLock:
         if os.getpid() != self._owner:
             return
         if self.still_held():
-            local.unlink(hidden(self.door, self._card.name))
+            with suppress(OSError):  # a disk that broke: the card of a dead process keeps nobody out
+                local.unlink(hidden(self.door, self._card.name))
         self._lower_fence()
         self._lock.release(force=True)
 
