@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from lastgood.view import look
 
 from faults.operations import Operation
 from faults.small import content, manager, save
+
+_ID = re.compile("[0-9a-f]{16}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +131,18 @@ def _moved(name: str, done: Operation) -> bool:
 def _told(now: Mapping[str, Any], before: Known, after: Known) -> str:
     """Each of these is as it was before or as it is afterwards, never anything else. New checkpoints have new ids."""
     for kind in before.said:
-        if kind in now and now[kind] not in (before.said[kind], after.said.get(kind)):
+        if kind in now and not any(
+            _of(before, now[kind]) == _of(before, one.said.get(kind)) for one in (before, after)
+        ):
             return f"I3: the {kind} are neither what they were nor what they were to be: {now[kind]}"
     return ""
+
+
+def _of(before: Known, value: Any) -> Any:
+    """Without what is said of checkpoints that weren't there before."""
+    if isinstance(value, dict):
+        return {name: entry for name, entry in value.items() if name in before.ours or not _ID.fullmatch(name)}
+    return value
 
 
 def _recovering(root: Path, done: Operation) -> str:

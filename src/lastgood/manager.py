@@ -31,7 +31,7 @@ from lastgood.repo import free, gc, journal, layout, leases, metrics, poison, ve
 from lastgood.repo.commit import commit
 from lastgood.repo.lock import RunLock
 from lastgood.repo.protect import protected
-from lastgood.repo.quarantine import quarantine
+from lastgood.repo.quarantine import carries, quarantine
 from lastgood.repo.read import records
 from lastgood.repo.run import forget_head, lost_head, read_head, read_run, start_run, write_head, write_policy
 from lastgood.repo.space import OnFull, Space
@@ -382,7 +382,7 @@ class Manager:
         """Move checkpoints of this run that failed verification out of the way; their bytes are kept for a look."""
         run = read_run(self.root)
         for name in names:
-            if run is None or not _carries(self.root / name, run):
+            if run is None or not carries(self.root / name, run):
                 continue
             try:
                 with self._fenced():
@@ -391,11 +391,3 @@ class Manager:
                 warn(f"{name} is damaged and could not be moved aside ({self._told(error)})")
                 continue
             say(f"{name} is damaged; moved to {place}")
-
-
-def _carries(path: Path, run: str) -> bool:
-    """Whether a damaged checkpoint is provably of this run: its manifest, readable or not, has the run's id."""
-    try:
-        return run.encode() in local.read(path / "lastgood.json", 64 << 20)
-    except OSError:
-        return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lastgood.format import manifest as codec
 from lastgood.repo import journal
 from lastgood.repo.layout import hidden, new_id
 from lastgood.store import local
@@ -20,3 +21,11 @@ def quarantine(root: Path, name: str) -> str:
     place = target.relative_to(root).as_posix()
     journal.append(root, "quarantined", name=name, to=place)
     return place
+
+
+def carries(path: Path, run: str) -> bool:
+    """Whether a damaged checkpoint is provably of this run: its manifest, readable or not, has the run's id."""
+    try:
+        return run.encode() in local.read(path / codec.NAME, codec.LIMIT)
+    except OSError:
+        return False
