@@ -85,6 +85,11 @@ def _has(*wanted: int) -> Callable[[Path], bool]:
     return lambda root: steps(root) == sorted(wanted)
 
 
+def _at(step: int) -> Callable[[Path], bool]:
+    """Where the run stands: the newest on its branch."""
+    return lambda root: max((r for r in records(root) if r.good), key=lambda r: r.seq).step == step
+
+
 def _new(step: int) -> Callable[[Path], bool]:
     return lambda root: step in steps(root)
 
@@ -115,7 +120,7 @@ OPERATIONS: Sequence[Operation] = (
     Operation(save_again, done=_has(1, 2, 3, 3)),
     Operation(save_on_a_branch, floor=1, done=_has(1, 2, 2, 3)),
     Operation(next_save, branched, floor=1, done=_has(1, 2, 3, 4)),
-    Operation(go_back, floor=1),
+    Operation(go_back, floor=1, done=_at(1)),
     Operation(start_again, may_go=frozenset({1, 2, 3}), floor=0, done=_has(5)),
     Operation(set_aside, may_go=frozenset({3}), floor=2, done=_has(1, 2)),
     Operation(recover, left_over, done=_has(2, 3)),

@@ -292,7 +292,7 @@ class Manager:
         except (OSError, LastgoodError) as error:
             self._still_ours()
             names = ", ".join(r.name for r in sick) or f"the checkpoints from step {first} on"
-            warn(f"{names} could not be marked as poisoned ({error})")
+            warn(f"{names} could not be marked as poisoned ({self._told(error)})")
             return ()
         for record in sick:
             journal.append(self.door, "poisoned", step=record.step, id=record.id, reason=reason)
