@@ -308,7 +308,7 @@ class Manager:
             raise
         self._still_ours()
 
-    def _told(self, error: OSError) -> str:
+    def _told(self, error: Exception) -> str:
         """An error without the detour that its path takes through the fence."""
         return str(error).replace(f"{self.door}", f"{self.root}")
 
