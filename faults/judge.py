@@ -92,7 +92,7 @@ def _reading(root: Path, done: Operation, before: Known, after: Known, *, return
         return "I6: looking changed something"
     good = set()
     for record in found:
-        if not record.ours:
+        if not record.ours and record.state != "incomplete":
             continue
         faults = verify.problems(root, record, full=True) if record.state != "incomplete" else (record.problem,)
         if faults and not (power and record.step in done.may_go):
