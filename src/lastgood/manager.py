@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -101,7 +102,9 @@ class Manager:
     def begin_fresh(self) -> None:
         """A new run: checkpoints that are already in the directory become foreign and are never touched."""
         others = [record.name for record in self.records() if record.state != "incomplete"]
-        self.run = start_run(self.root)
+        with leases.alone(self.root):
+            self._still_ours()
+            self.run = start_run(self.root)
         self.lineage, self.next, self.parent, self.saved = (), 1, None, {}
         write_policy(self.root, self.keep.options())
         journal.append(self.root, "started", run=self.run, others=others)
@@ -119,7 +122,9 @@ class Manager:
         if left or not record.current:
             # Written down before training goes on: otherwise a crash before the first save of the
             # new branch would hand the abandoned one to the next resume.
-            write_head(self.root, Head(run=self.run, lineage=manifest.lineage, next=self.next))
+            with leases.alone(self.root):
+                self._still_ours()
+                write_head(self.root, Head(run=self.run, lineage=manifest.lineage, next=self.next))
         write_policy(self.root, self.keep.options())
         journal.append(self.root, "resumed", step=record.step, id=record.id, left=[r.name for r in left])
 
@@ -171,6 +176,7 @@ class Manager:
                 environment=dict(environment),
                 arguments=dict(arguments),
                 facts=dict(facts),
+                fence=self._still_ours,
             )
         except BaseException as error:
             if staging is not None:
@@ -186,11 +192,13 @@ class Manager:
 
     def retain(self) -> tuple[policy.Decision, ...]:
         """Apply the policy to what is on disk now; the decisions with their reasons go to the journal."""
-        self._still_ours()  # whoever was fenced off deletes nothing either
-        found = self.records()
-        decisions = policy.decide(found, self.keep, protect=protected(self.root, found, self.run, self._sightings))
+        decisions: tuple[policy.Decision, ...] = ()
         try:
-            gc.execute(self.root, gc.plan([d.record for d in decisions], decisions), sightings=self._sightings)
+            self._still_ours()  # whoever was fenced off deletes nothing either
+            found = self.records()
+            decisions = policy.decide(found, self.keep, protect=protected(self.root, found, self.run, self._sightings))
+            todo = gc.plan([d.record for d in decisions], decisions)
+            gc.execute(self.root, todo, sightings=self._sightings, fence=self._still_ours)
             leases.sweep(self.root, self._sightings)
         except OSError as error:
             # Too much on disk is better than a run that dies; the next save tries again.
@@ -252,6 +260,9 @@ class Manager:
 
     def _failed(self, step: int, error: BaseException) -> None:
         self.failures += 1
+        if isinstance(error, OSError):
+            with suppress(OSError):
+                self._still_ours()  # who took over swept away what was staged: that isn't the disk's fault
         fatal = isinstance(error, (RunLocked, NotSupported)) or not isinstance(error, Exception)
         if not fatal:
             journal.append(self.root, "failed", step=step, error=str(error))
@@ -301,10 +312,20 @@ class Manager:
         )
 
     def quarantine(self, names: tuple[str, ...]) -> None:
-        """Move checkpoints of this run that failed verification out of the way; their bytes are kept for a look."""
+        """Move checkpoints of this run that failed verification out of the way; their bytes are kept for a look.
+
+        Each is read once more: what couldn't be read for a moment (no descriptor left, a network that was away) is no
+        damaged checkpoint, and stays.
+        """
+        self._still_ours()
         run = read_run(self.root)
+        found = {record.name: record for record in self.records()}
         for name in names:
             if run is None or not _carries(self.root / name, run):
+                continue
+            record = found.get(name)
+            if record is not None and record.ours and not verify.problems(self.root, record, full=True):
+                warn(f"{name} couldn't be read a moment ago, and is good: it stays where it is")
                 continue
             say(f"{name} is damaged; moved to {quarantine(self.root, name)}")
 

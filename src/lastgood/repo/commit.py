@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from lastgood.errors import Conflict
 from lastgood.format import manifest as codec
 from lastgood.model import FORMAT, Manifest, Record, Span, State, checkpoint_name, on_lineage
 from lastgood.repo import journal, leases, poison
-from lastgood.repo.read import records
+from lastgood.repo.read import id_at, records
 from lastgood.repo.staging import Staging, explained
 from lastgood.store import local
 
@@ -28,8 +28,12 @@ def commit(
     environment: Mapping[str, str],
     arguments: Mapping[str, object],
     facts: Mapping[str, object],
+    fence: Callable[[], None] = lambda: None,
 ) -> Record:
-    """Publish what was staged as a checkpoint. Raises SaveFailed (nothing was published) or Conflict."""
+    """Publish what was staged as a checkpoint. Raises SaveFailed (nothing was published) or Conflict.
+
+    fence: raises for a writer from whom the run was taken over, which can't happen between that and the publication.
+    """
     manifest = Manifest(
         format=FORMAT,
         id=staging.id,
@@ -51,8 +55,10 @@ def commit(
         local.write(staging.directory / codec.NAME, [content])
         for directory in staging.directories():
             local.sync_dir(directory)
-        name = _make_room(root, manifest)
-        _publish(staging.directory, root / name)
+        with leases.alone(root):
+            fence()
+            name = _make_room(root, manifest)
+            _publish(staging.directory, root / name)
     if local.read(root / name / codec.NAME, codec.LIMIT) != content:
         raise Conflict(
             f"{root / name} was written by somebody else at the same moment", hint="run one writer at a time"
@@ -66,8 +72,9 @@ def _publish(source: Path, target: Path) -> None:
         local.rename(source, target)
     except OSError:
         # The rename may have happened and its fsync failed. A save that reports a failure must not
-        # leave a checkpoint behind that might vanish with the next power cut.
-        if target.exists() and not source.exists():
+        # leave a checkpoint behind that might vanish with the next power cut. But only ours: where the rename
+        # failed, the one with that name is of another writer.
+        if not source.exists() and id_at(target) == source.name:
             with suppress(OSError):
                 local.rename(target, source)
         raise

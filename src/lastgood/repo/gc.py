@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lastgood.errors import RunLocked
 from lastgood.format import guard
 from lastgood.format import manifest as codec
 from lastgood.model import Head, Manifest, Record, lineage_in_force, next_seq, stripped
 from lastgood.policy import Decision
-from lastgood.repo import after, bin, journal, leases
+from lastgood.repo import after, bin, journal, leases, pins, poison
 from lastgood.repo.layout import HIDDEN, hidden, new_id
+from lastgood.repo.lock import CARD
 from lastgood.repo.read import held_by, identify, records
 from lastgood.repo.run import read_head, write_head
 from lastgood.store import local
@@ -73,11 +76,19 @@ def gain(decision: Decision) -> int:
     return record.size if decision.action == "delete" else record.size - stripped(record.manifest).size
 
 
-def execute(root: Path, todo: Plan, *, undoable: str | None = None, sightings: leases.Sightings | None = None) -> None:
+def execute(
+    root: Path,
+    todo: Plan,
+    *,
+    undoable: str | None = None,
+    sightings: leases.Sightings | None = None,
+    fence: Callable[[], None] = lambda: None,
+) -> None:
     """Carry it out. Raises OSError; what was done until then is complete, the rest is untouched.
 
     undoable: the number of an operation of `bin.begin`, to put things there instead of freeing their space.
-    sightings: of leases, by a process that goes on.
+    sightings: of leases, by a process that goes on. fence: raises for a writer from whom the run was taken over; it is
+    asked before each.
     """
     if undoable is not None and any(item.action == "delete" for item in todo.items):
         _reserve_numbers(root, todo)
@@ -85,6 +96,7 @@ def execute(root: Path, todo: Plan, *, undoable: str | None = None, sightings: l
     for item in todo.items:
         with leases.alone(root, patience) as had:
             patience = patience if had else 0.1  # somebody was stopped while holding it: waited for once, not each time
+            fence()
             why = _held_now(root, item.record.id, sightings)
             if why:  # by somebody else since the plan was made: that needs no lock of the run
                 journal.append(root, "spared", step=item.record.step, id=item.record.id, reasons=[why])
@@ -180,6 +192,7 @@ def sweep(root: Path, sightings: leases.Sightings | None = None) -> None:
     for name in local.names(hidden(root)):
         if local.torn(name, OWN):
             local.unlink(hidden(root, name))
+    _sweep_shared(root)
     leases.sweep(root, sightings)
     held_back = bin.held_back(root)
     for record in records(root):
@@ -195,3 +208,13 @@ def sweep(root: Path, sightings: leases.Sightings | None = None) -> None:
             for name in RESUME_ONLY - record.manifest.files.keys():
                 local.unlink(root / record.name / name)
             _guard(root / record.name, record.manifest)
+
+
+def _sweep_shared(root: Path) -> None:
+    """What is written without the run's lock has another one: who holds that finds nobody's half-written files."""
+    for alone, names in ((leases.alone, (CARD,)), (pins.alone, (pins.NAME, pins.NOTES, poison.NAME))):
+        if any(local.torn(name, names) for name in local.names(hidden(root))):
+            with suppress(RunLocked), alone(root) as had:
+                for name in local.names(hidden(root)) if had is not False else ():
+                    if local.torn(name, names):
+                        local.unlink(hidden(root, name))

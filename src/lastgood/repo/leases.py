@@ -171,7 +171,9 @@ def sweep(root: Path, sightings: Sightings | None = None) -> None:
 
 @contextmanager
 def alone(root: Path, patience: float = 10.0) -> Iterator[bool]:
-    """Whoever takes a lease and whoever deletes, one after the other; gives whether the lock could be had.
+    """Whoever takes a lease and whoever deletes, publishes or takes the run over, one after the other.
+
+    Gives whether the lock could be had. It is held for moments, never while data is written.
 
     patience: seconds to wait for it. Where no lock can be made (a full disk: what is deleted makes the room), or
     somebody was stopped while holding it, it goes on without: who takes a lease looks whether the checkpoint is there.

@@ -8,15 +8,19 @@ import os
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
 from lastgood.errors import RunLocked
+from lastgood.repo import leases
 from lastgood.repo.layout import boot, hidden
 from lastgood.store import fs, local
 
+CARD = "lock.json"
+"""What the holder says of itself."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 PATIENCE = 15.0
 """Seconds to wait for a holder that is dead: its data workers live on for a few seconds and may hold the lock."""
@@ -27,7 +31,7 @@ class RunLock:
 
     def __init__(self, root: Path) -> None:
         self._file = hidden(root, "lock")
-        self._card = hidden(root, "lock.json")
+        self._card = hidden(root, CARD)
         self._root = root
         self._nonce = fs.system.token(8)
         self._lock = _file_lock(self._file)
@@ -44,23 +48,35 @@ class RunLock:
             if not anonymous or error.errno not in FULL or local.size(self._file) is not None:
                 raise
             return  # nobody has ever written here, and nobody can
-        if takeover:
-            # A new file: the old holder keeps its lock on one that no longer has a name.
-            local.unlink(self._file)
-            self._lock = _file_lock(self._file)
         deadline = time.monotonic() + PATIENCE
-        while True:
+        while not self._take(takeover, anonymous):
+            holder = self.holder()
+            if time.monotonic() > deadline or not _dead(holder):
+                raise RunLocked(
+                    f"{self._root} is being written by {described(holder)}",
+                    hint="wait for it or stop it; lastgood.manage(trainer, takeover=True) fences it off",
+                )
+            time.sleep(0.1)
+
+    def _take(self, takeover: bool, anonymous: bool) -> bool:
+        """False if somebody has it. The lock and the card as one: who has one of them without the other has nothing."""
+        with leases.alone(self._root):
+            if takeover:
+                # A new file: the old holder keeps its lock on one that no longer has a name.
+                local.unlink(self._file)
+                self._lock = _file_lock(self._file)
             try:
                 self._lock.acquire()
-                break
             except Timeout:
-                holder = self.holder()
-                if time.monotonic() > deadline or not _dead(holder):
-                    raise RunLocked(
-                        f"{self._root} is being written by {described(holder)}",
-                        hint="wait for it or stop it; lastgood.manage(trainer, takeover=True) fences it off",
-                    ) from None
-                time.sleep(0.1)
+                return False
+            try:
+                self._sign(anonymous)
+            except BaseException:
+                self._lock.release(force=True)
+                raise
+        return True
+
+    def _sign(self, anonymous: bool) -> None:
         card = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -77,20 +93,32 @@ class RunLock:
                 raise
 
     def release(self) -> None:
-        """Let the next one in."""
-        if self.still_held():
-            local.unlink(self._card)
-        self._lock.release(force=True)
+        """Let the next one in. A card that can't be removed stays: without the lock it means nothing."""
+        if not self._lock.is_locked:
+            return
+        try:
+            # Alone, else the card of one that takes over just now could go.
+            with suppress(OSError), leases.alone(self._root):
+                if self.still_held():
+                    local.unlink(self._card)
+        finally:
+            self._lock.release(force=True)
 
     def still_held(self) -> bool:
-        """False after another process took over."""
-        return self._lock.is_locked and self.holder().get("nonce") == self._nonce
+        """False after another process took over. Raises OSError where the card can't be read: then nobody knows."""
+        return self._lock.is_locked and self._read().get("nonce") == self._nonce
 
     def holder(self) -> dict[str, Any]:
         """What the holder wrote about itself; {} if that can't be read."""
         try:
+            return self._read()
+        except OSError:
+            return {}
+
+    def _read(self) -> dict[str, Any]:
+        try:
             card = json.loads(local.read(self._card, 1 << 16))
-        except (OSError, ValueError, RecursionError):
+        except (FileNotFoundError, ValueError, RecursionError):
             return {}
         return card if isinstance(card, dict) else {}
 

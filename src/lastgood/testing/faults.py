@@ -76,10 +76,15 @@ class Faulty(FileSystem):
     struck: bool = False
     """Whether the fault happened."""
     workers = 1
+    _written: set[int] = field(default_factory=set)
+    """Open files that may be written to: to close another one changes nothing."""
 
     def open(self, path: AnyPath, flags: int, mode: int = 0o666) -> int:
         """See FileSystem, as for all of these."""
-        return int(self._call("open", bool(flags & os.O_CREAT), super().open, path, flags, mode))
+        handle = int(self._call("open", bool(flags & os.O_CREAT), super().open, path, flags, mode))
+        if flags & (os.O_WRONLY | os.O_RDWR):
+            self._written.add(handle)
+        return handle
 
     def write(self, handle: int, data: bytes | memoryview) -> int:
         return int(self._call("write", True, super().write, handle, data))
@@ -92,8 +97,9 @@ class Faulty(FileSystem):
             os.close(handle)  # the kernel does it for a process that died
             return
         try:
-            self._call("close", True, lambda handle: None, handle)
+            self._call("close", handle in self._written, lambda handle: None, handle)
         finally:
+            self._written.discard(handle)
             os.close(handle)  # also where it reports an error: the descriptor is gone
 
     def rename(self, source: AnyPath, target: AnyPath) -> None:
