@@ -120,7 +120,8 @@ class Machine(RuleBasedStateMachine):
     @rule(pick=st.integers(0, 9), kind=st.sampled_from(["flipped", "cut"]))
     @precondition(lambda self: self.has_ours())
     def damage(self, pick: int, kind: str) -> None:
-        self.world.damage(self.any(pick).id, kind)
+        if not self.any(pick).damage:  # the same bit flipped again would make it good
+            self.world.damage(self.any(pick).id, kind)
 
     @rule(fault=FAULTS)
     def quarantine(self, fault: Fault | None) -> None:
