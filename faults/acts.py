@@ -13,6 +13,7 @@ from lastgood.manager import Manager
 from lastgood.model import Record
 from lastgood.policy import Decision, Keep
 from lastgood.repo import adopt, after, bin, gc, leases, metrics, pins, poison, request, trail
+from lastgood.repo.quarantine import quarantine
 from lastgood.repo.read import records
 from lastgood.store.appear import appearing
 from lastgood.view import look
@@ -82,10 +83,12 @@ def start_again(root: Path) -> None:
 
 
 def set_aside(root: Path) -> None:
-    """A damaged one goes to the quarantine."""
+    """One goes to the quarantine, whatever the reason."""
     made = manager(root)
-    made.quarantine(("checkpoint-3",))
-    made.close()
+    try:
+        quarantine(made.door, "checkpoint-3")
+    finally:
+        made.close()
 
 
 def recover(root: Path) -> None:

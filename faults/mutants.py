@@ -141,7 +141,7 @@ MUTANTS: Sequence[Mutant] = (
     Mutant(
         "a save that failed to become durable stays",
         "repo/commit.py",
-        "        if target.exists() and not source.exists():\n",
+        "        if not source.exists() and id_at(target) == source.name:\n",
         "        if False:\n",
         "test_crash_points.py",
     ),

@@ -105,7 +105,7 @@ def _names(root: Path) -> dict[int, tuple[str, ...]]:
 
 LIVE = (
     first_save, next_save, save_and_prune, save_and_strip, save_again, save_on_a_branch, go_back, start_again,
-    set_aside, recover, note_down, answer,
+    recover, note_down, answer,
 )  # fmt: skip
 """What a training does."""
 

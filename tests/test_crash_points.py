@@ -25,6 +25,7 @@ from lastgood.model import Record
 from lastgood.policy import Keep
 from lastgood.repo import gc, pins, verify
 from lastgood.repo.layout import HIDDEN
+from lastgood.repo.quarantine import quarantine as move_away
 from lastgood.repo.read import records
 from lastgood.repo.staging import Staging
 
@@ -105,7 +106,7 @@ def save_on_a_branch(root: Path) -> None:
 
 def quarantine(root: Path) -> None:
     made = manager(root)
-    made.quarantine(("checkpoint-3",))
+    move_away(root, "checkpoint-3")  # the manager would leave it there, for it is good
     made.close()
 
 

@@ -26,7 +26,7 @@ from lastgood.errors import (
 )
 from lastgood.model import Head, Record, Span, extend, next_seq
 from lastgood.policy import Keep
-from lastgood.recovery import LOST_HEAD, UNADOPTED, first_good, in_order
+from lastgood.recovery import LOST_HEAD, UNADOPTED, Found, first_good, in_order
 from lastgood.repo import free, gc, journal, layout, leases, metrics, poison, verify
 from lastgood.repo.commit import commit
 from lastgood.repo.lock import RunLock
@@ -42,15 +42,6 @@ from lastgood.talk import say, warn
 
 RESERVE = SPARE.bytes
 """Bytes left free by a save, so that a manifest, a journal line and a deletion still fit (16 MiB)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """The checkpoint to use; those passed over on the way, each with its reason; which of these are damaged."""
-
-    record: Record
-    skipped: tuple[tuple[str, str], ...] = ()
-    damaged: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -248,8 +239,8 @@ class Manager:
 
     def retain(self) -> tuple[policy.Decision, ...]:
         """Apply the policy to what is on disk now; the decisions with their reasons go to the journal."""
-        self._still_ours()  # whoever was fenced off deletes nothing either
         try:
+            self._still_ours()  # whoever was fenced off deletes nothing either
             found = self.records()
             stay = protected(self.root, found, self.run, self._sightings)
         except OSError as error:
@@ -379,10 +370,18 @@ class Manager:
         )
 
     def quarantine(self, names: tuple[str, ...]) -> None:
-        """Move checkpoints of this run that failed verification out of the way; their bytes are kept for a look."""
+        """Move checkpoints of this run that failed verification out of the way; their bytes are kept for a look.
+
+        Each is read once more: one that couldn't be read for a moment is no damaged one, and stays.
+        """
         run = read_run(self.root)
+        found = {record.name: record for record in self.records()} if names else {}
         for name in names:
             if run is None or not carries(self.root / name, run):
+                continue
+            record = found.get(name)
+            if record is not None and record.ours and not verify.problems(self.root, record, full=True):
+                warn(f"{name} couldn't be read a moment ago, and is good: it stays where it is")
                 continue
             try:
                 with self._fenced():

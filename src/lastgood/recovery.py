@@ -22,6 +22,14 @@ LOST_HEAD = "resume from a step or a path, or delete the file to go on from the 
 """What there is to do where nobody knows on which branch the run is."""
 
 
+class Found(msgspec.Struct, frozen=True):
+    """The checkpoint to use; those passed over on the way, each with its reason; which of these are damaged."""
+
+    record: Record
+    skipped: tuple[tuple[str, str], ...] = ()
+    damaged: tuple[str, ...] = ()
+
+
 class Choice(msgspec.Struct, frozen=True):
     """record: the one to take; None if none is good. skipped: (name, reason) of those tried before it, in order.
 

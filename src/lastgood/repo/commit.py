@@ -11,7 +11,7 @@ from lastgood.format import manifest as codec
 from lastgood.model import FORMAT, Manifest, Record, Span, State, checkpoint_name, on_lineage
 from lastgood.repo import journal, leases, poison, reserve
 from lastgood.repo.layout import plain
-from lastgood.repo.read import records
+from lastgood.repo.read import id_at, records
 from lastgood.repo.staging import Staging, explained
 from lastgood.store import local
 
@@ -68,8 +68,9 @@ def _publish(source: Path, target: Path) -> None:
         local.rename(source, target)
     except OSError:
         # The rename may have happened and its fsync failed. A save that reports a failure must not
-        # leave a checkpoint behind that might vanish with the next power cut.
-        if target.exists() and not source.exists():
+        # leave a checkpoint behind that might vanish with the next power cut. But only ours: where the rename
+        # failed, the one with that name is of another writer.
+        if not source.exists() and id_at(target) == source.name:
             with suppress(OSError):
                 local.rename(target, source)
         raise

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lastgood.errors import RunLocked
 from lastgood.format import guard
 from lastgood.format import manifest as codec
 from lastgood.model import Head, Manifest, Record, lineage_in_force, next_seq, stripped
 from lastgood.policy import Decision
-from lastgood.repo import after, bin, journal, leases, reserve
+from lastgood.repo import after, bin, journal, leases, pins, poison, reserve
 from lastgood.repo.bin import GRAVE, grave
 from lastgood.repo.layout import hidden
 from lastgood.repo.read import held_by, identify, records
@@ -21,7 +22,7 @@ from lastgood.store import local
 
 RESUME_ONLY = frozenset({"optimizer.safetensors", "resume.json"})
 """Files that only a full checkpoint has: what an interrupted strip may leave behind."""
-OWN = ("run.json", "head.json", "policy.json", "trail.jsonl")
+OWN = ("run.json", "head.json", "policy.json", "trail.jsonl", "lock.json")
 """What only the holder of the run's lock replaces: a temporary file of theirs is nobody's any more."""
 
 
@@ -179,6 +180,7 @@ def sweep(root: Path, sightings: leases.Sightings | None = None) -> None:
     for name in local.names(hidden(root)):
         if local.torn(name, OWN):
             local.unlink(hidden(root, name))
+    _sweep_names(root)
     leases.sweep(root, sightings)
     held_back = bin.held_back(root)
     for record in records(root):
@@ -194,3 +196,13 @@ def sweep(root: Path, sightings: leases.Sightings | None = None) -> None:
             for name in RESUME_ONLY - record.manifest.files.keys():
                 local.unlink(root / record.name / name)
             _guard(root / record.name, record.manifest)
+
+
+def _sweep_names(root: Path) -> None:
+    """What is said of checkpoints is written without the run's lock, under one of its own."""
+    told = (pins.NAME, pins.NOTES, poison.NAME)
+    if any(local.torn(name, told) for name in local.names(hidden(root))):
+        with suppress(RunLocked), pins.alone(root):
+            for name in local.names(hidden(root)):
+                if local.torn(name, told):
+                    local.unlink(hidden(root, name))

@@ -144,23 +144,32 @@ class RunLock:
         """Let the next one in. In a forked process nothing happens: the lock is its parent's."""
         if os.getpid() != self._owner:
             return
-        if self.still_held():
-            with suppress(OSError):  # a disk that broke: the card of a dead process keeps nobody out
+        with suppress(OSError):  # a disk that broke: the card of a dead process keeps nobody out
+            if self.still_held():
                 local.unlink(hidden(self.door, self._card.name))
         self._lower_fence()
         self._lock.release(force=True)
 
     def still_held(self) -> bool:
-        """False after another process took over, and in a forked process."""
+        """False after another process took over, and in a forked process.
+
+        Raises OSError where the card can't be read just now: then nobody knows.
+        """
         if os.getpid() != self._owner or not self._fence_stands():
             return False
-        return self._lock.is_locked and self.holder().get("nonce") == self._nonce
+        return self._lock.is_locked and self._read().get("nonce") == self._nonce
 
     def holder(self) -> dict[str, Any]:
         """What the holder wrote about itself; {} if that can't be read."""
         try:
+            return self._read()
+        except OSError:
+            return {}
+
+    def _read(self) -> dict[str, Any]:
+        try:
             card = json.loads(local.read(self._card, 1 << 16))
-        except (OSError, ValueError, RecursionError):
+        except (FileNotFoundError, ValueError, RecursionError):
             return {}
         return card if isinstance(card, dict) else {}
 

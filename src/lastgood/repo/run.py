@@ -46,10 +46,10 @@ def check_format(root: Path) -> None:
 def start_run(root: Path, run: str | None = None) -> str:
     """Make the directory that of a new run (or of `run`, whose run.json was lost); returns its id."""
     identity = _Identity(1, run or new_id())
-    if run is None:
-        # First the head: one of the old run must not be found beside the new identity.
-        local.unlink(hidden(root, HEAD))
     reserve.spend(root, lambda: local.replace(hidden(root, RUN), _json(identity)))
+    if run is None:
+        # Not before: cut short in between, the old run would be without it, and stand on the branch that it had left.
+        local.unlink(hidden(root, HEAD))
     return identity.run
 
 
