@@ -25,7 +25,8 @@ from pathlib import Path
 from lastgood.policy import Keep
 from lastgood.testing import Fault
 
-from faults.world import MONITOR, World
+from faults.trained import MONITOR
+from faults.world import World
 
 LENGTH = 3
 CRASHES = ("crash-before", "crash-torn", "crash-after")

@@ -144,8 +144,8 @@ def test_I15_who_wakes_after_a_takeover_harms_nothing(operation: Callable[[Path]
 
 def writes_on(root: Path, saves: int = 10**6) -> None:
     """Takes over and saves until somebody else takes over."""
-    made = manager(root, takeover=True, last=3, full=2)
     try:
+        made = manager(root, takeover=True, last=3, full=2)
         for step in range(made.next, made.next + saves):
             save(made, step)
     except RunLocked:

@@ -14,7 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from lastgood.policy import Keep
 from lastgood.testing import Fault
 
-from faults.world import MONITOR, World
+from faults.trained import MONITOR
+from faults.world import World
 
 YEAR = 365.25 * 86400
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -131,10 +131,10 @@ class Manager:
         others = [record.name for record in self.records() if record.state != "incomplete"]
         with self._usable(), self._fenced():
             self.run = start_run(self.door)
-        self.lineage, self.next, self.parent, self.saved = (), 1, None, {}
-        write_policy(self.door, self.keep.options())
-        self.space.begin(None)
-        journal.append(self.door, "started", run=self.run, others=others)
+            self.lineage, self.next, self.parent, self.saved = (), 1, None, {}
+            write_policy(self.door, self.keep.options())
+            self.space.begin(None)
+            journal.append(self.door, "started", run=self.run, others=others)
 
     def begin_from(self, record: Record) -> None:
         """Continue from a checkpoint of this run; from an older one, a branch begins. Raises SaveFailed."""
@@ -142,21 +142,20 @@ class Manager:
         if manifest is None:
             raise NoCheckpoint(f"{record.name} has no manifest to continue from")
         everything = self.records()
-        self.run = manifest.run
-        self.lineage, self.parent, self.saved = manifest.lineage, manifest.id, {}
-        self.next = next_seq(everything, read_head(self.root, self.run, sure=True))
-        left = [r for r in everything if r.ours and r.current and r.seq > record.seq]
-        if left or not record.current:
-            # Written down before training goes on: otherwise a crash before the first save of the
-            # new branch would hand the abandoned one to the next resume.
-            with self._usable(), self._fenced():
+        with self._usable(), self._fenced():
+            self.run = manifest.run
+            self.lineage, self.parent, self.saved = manifest.lineage, manifest.id, {}
+            self.next = next_seq(everything, read_head(self.root, self.run, sure=True))
+            left = [r for r in everything if r.ours and r.current and r.seq > record.seq]
+            if left or not record.current:
+                # Written down before training goes on: otherwise a crash before the first save of the
+                # new branch would hand the abandoned one to the next resume.
                 write_head(self.door, Head(run=self.run, lineage=manifest.lineage, next=self.next))
-        elif lost_head(self.root):
-            with self._usable(), self._fenced():
+            elif lost_head(self.root):
                 forget_head(self.door)
-        write_policy(self.door, self.keep.options())
-        self.space.begin(manifest)
-        journal.append(self.door, "resumed", step=record.step, id=record.id, left=[r.name for r in left])
+            write_policy(self.door, self.keep.options())
+            self.space.begin(manifest)
+            journal.append(self.door, "resumed", step=record.step, id=record.id, left=[r.name for r in left])
 
     def close(self, event: str = "closed", **facts: str) -> None:
         """Give the run back. Safe to call twice. facts: for the journal, beside the event."""
@@ -281,7 +280,7 @@ class Manager:
             with self._fenced():
                 poison.mark(self.door, {record.id: reason for record in sick})
         except (OSError, LastgoodError) as error:
-            self._still_ours()
+            self._unless_taken()
             names = ", ".join(r.name for r in sick) or f"the checkpoints from step {first} on"
             warn(f"{names} could not be marked as poisoned ({self._told(error)})")
             return ()
@@ -295,9 +294,14 @@ class Manager:
         try:
             yield
         except OSError:
-            self._still_ours()
+            self._unless_taken()
             raise
         self._still_ours()
+
+    def _unless_taken(self) -> None:
+        """After an error: a takeover may be its cause. Where that can't be told, the error speaks for itself."""
+        with suppress(OSError):
+            self._still_ours()
 
     def _told(self, error: Exception) -> str:
         """An error without the detour that its path takes through the fence."""
@@ -314,8 +318,7 @@ class Manager:
         self.failures += 1
         fatal = isinstance(error, (RunLocked, NotSupported)) or not isinstance(error, Exception)
         if not fatal:
-            self._still_ours()  # otherwise that is why it failed: what it needed was taken away
-        if not fatal:
+            self._unless_taken()  # what it needed was taken away, too
             journal.append(self.door, "failed", step=step, error=str(error))
         if isinstance(error, OSError) and not isinstance(error, LastgoodError):
             error = failure(self.root / layout.HIDDEN, error)  # from a library that wrote a file of its own
@@ -374,6 +377,7 @@ class Manager:
 
         Each is read once more: one that couldn't be read for a moment is no damaged one, and stays.
         """
+        self._still_ours()
         run = read_run(self.root)
         found = {record.name: record for record in self.records()} if names else {}
         for name in names:

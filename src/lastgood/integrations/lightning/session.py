@@ -14,8 +14,9 @@ from lastgood.integrations.lightning.moment import Where
 from lastgood.integrations.lightning.state import Moment, Weights
 from lastgood.integrations.lightning.stream import Keeping, Watched, Watching, keeps_state
 from lastgood.integrations.lightning.target import Landing, Target, verified
-from lastgood.manager import Found, Manager
+from lastgood.manager import Manager
 from lastgood.model import Record, checkpoint_name
+from lastgood.recovery import Found
 from lastgood.repo import journal
 from lastgood.repo.staging import Staging
 from lastgood.report import Report
