@@ -21,7 +21,6 @@ from lastgood.repo import bin, gc
 from lastgood.schedule import absolute_steps, total_steps
 from lastgood.store import local
 from lastgood.store.quota import quota
-from lastgood.store.quota import room as writable
 from lastgood.units import size
 
 FEW = 64
@@ -143,7 +142,7 @@ def upcoming(case: Case) -> Iterator[Sight]:
     points = _points(case, newest, end)
     if not points:
         return
-    free = writable(disk.root)
+    free = disk.free
     held = RESERVE if disk.view.adopted_or_ours(newest) and not newest.layout else 0
     needed = next((r.size for r in reversed(own) if r.state == newest.state), newest.size)
     weights = stripped(newest.manifest).size if newest.manifest is not None else needed
