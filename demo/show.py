@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 import lastgood
-from lastgood.manager import size
 from lastgood.repo import metrics
+from lastgood.units import size
 
 
 def checkpoints(out: Path, limit: int) -> Table:

@@ -69,8 +69,15 @@ def newer(path: Path) -> None:
     path.write_text(json.dumps(fields))
 
 
-@pytest.mark.parametrize("file", ["checkpoint-4/lastgood.json", "checkpoint-2/lastgood.json", ".lastgood/run.json"])
-def test_I26_what_a_newer_release_wrote_is_refused_and_stays_as_it_is(file: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "refused"),
+    [
+        ("checkpoint-4/lastgood.json", "no-checkpoint"),  # the other one holds the weights alone
+        ("checkpoint-2/lastgood.json", ""),
+        (".lastgood/run.json", "newer-format"),
+    ],
+)
+def test_I26_what_a_newer_release_wrote_is_refused_and_stays_as_it_is(file: str, refused: str, tmp_path: Path) -> None:
     root = tmp_path / "run"
     shutil.copytree(LOOPS[0], root)
     newer(root / file)
@@ -97,7 +104,7 @@ def test_I26_what_a_newer_release_wrote_is_refused_and_stays_as_it_is(file: str,
             ckpt.step(4, loss=recipe.step(3))
     except lastgood.LastgoodError as error:
         said = error.code
-    assert said == ("newer-format" if "run.json" in file else ""), said
+    assert said == refused, said
     assert cli.snapshot(place) == before
 
 

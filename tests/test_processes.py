@@ -19,6 +19,7 @@ from lastgood.manager import Manager
 from lastgood.repo import journal, verify
 from lastgood.repo.layout import HIDDEN
 from lastgood.repo.read import records
+from lastgood.testing import FileSystem, using
 from moments import manager, prepared, save
 
 import forked
@@ -127,10 +128,13 @@ def starved(root: Path, what: str, point: int) -> None:
     OPERATIONS[what](manager(warm, last=2, full=1), warm)
     operation = OPERATIONS[what]
     failed = True
+    alone = FileSystem()
+    alone.workers = 1  # Python waits for ever for a thread that had no memory to begin with
     # Anything may be raised: libraries and Python itself turn a missing object into errors of other kinds.
     _testcapi.set_nomemory(point, point + 1)
     try:
-        operation(made, root)
+        with using(alone):
+            operation(made, root)
         failed = False
     except BaseException:
         pass
