@@ -46,11 +46,8 @@ def problems(
             progress(found.size)
         return "" if found == expected else f"the content of {name} is not what was saved (hash differs)"
 
-    from concurrent.futures import ThreadPoolExecutor
-
     # Hashing and reading leave the interpreter lock; two threads keep a disk busy.
-    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        return tuple(filter(None, pool.map(check, manifest.files.items())))
+    return tuple(filter(None, local.at_once(check, manifest.files.items(), limit=os.cpu_count() or 1)))
 
 
 def _header(path: Path) -> str:

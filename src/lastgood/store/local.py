@@ -40,6 +40,7 @@ _PASSING = frozenset(
     if hasattr(errno, name)
 )  # fmt: skip
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 Buffer = bytes | bytearray | memoryview
@@ -128,15 +129,19 @@ def sync_files(paths: Sequence[Path]) -> None:
         finally:
             fs.system.close(handle)
 
-    if fs.system.workers == 1:
-        for path in paths:
-            sync(path)
-        return
+    at_once(sync, paths)
+
+
+def at_once(act: Callable[[S], T], items: Iterable[S], *, limit: int = 4) -> list[T]:
+    """`act` of each, in their order, as many at the same time as the system is to be asked, and at most `limit`."""
+    workers = min(fs.system.workers, limit)
+    if workers == 1:
+        return [act(item) for item in items]
 
     from concurrent.futures import ThreadPoolExecutor  # what only looks starts faster without
 
-    with ThreadPoolExecutor(max_workers=fs.system.workers) as pool:
-        list(pool.map(sync, paths))
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        return list(pool.map(act, items))
 
 
 def sync_dir(path: Path) -> None:
