@@ -262,8 +262,8 @@ def both_ways(root: Path, log: Path, verb: Callable[[Path], Any], point: int, wh
 def killed_everywhere(
     tmp_path: Path, original: Path, verb: Callable[[Path], Any], when: str, look_at: Callable[[Path], None]
 ) -> None:
-    # Every other call, the two kinds of kills in turns: EVERY_POINT=1 takes them all.
-    every = int(os.environ.get("EVERY_POINT", "2"))
+    # Every fifth call, the two kinds of kills in turns: EVERY_POINT=1 takes them all. test_faults.py crashes at others.
+    every = int(os.environ.get("EVERY_POINT", "5"))
     point, status, kills = (0 if when == "torn" else 1 - every), 0, 0
     while status != THROUGH:
         point += every

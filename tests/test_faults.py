@@ -9,7 +9,7 @@ import pytest
 from faults import lanes
 from faults.operations import OPERATIONS, Operation
 
-EVERY = {"crash": 7, "error": 110, "power": 45, "twice": 400, "look": 300}
+EVERY = {"crash": 11, "error": 160, "power": 80, "twice": 700, "look": 600}
 
 
 def tried(lane: str, operation: Operation, scratch: Path) -> None:
