@@ -69,7 +69,6 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
 def counts(rows: Sequence[dict[str, Any]]) -> str:
     """Operations down, lanes across: points, and how many of them were bad."""
     found = newest(rows)
-    every = sorted({row["every"] for row in found.values()})
     bad = sum(len(row["bad"]) for row in found.values())
     lines = [f"| operation | {' | '.join(LANES)} |", f"|---|{'--:|' * len(LANES)}"]
     for operation in OPERATIONS:
@@ -80,8 +79,10 @@ def counts(rows: Sequence[dict[str, Any]]) -> str:
         lines.append(f"| {operation.name.replace('_', ' ')} | {' | '.join(cells)} |")
     sums = [sum(row["points"] for (name, _), row in found.items() if name == lane) for lane in LANES]
     lines.append(f"| **{sum(sums)} points, {bad} bad** | {' | '.join(f'**{n}**' for n in sums)} |")
-    note = "" if every == [1] else f"\nOne point of {', '.join(map(str, every))} was run (`--every`).\n"
-    return "\n".join(lines) + f"\n{note}"
+    every = {lane: sorted({row["every"] for (name, _), row in found.items() if name == lane}) for lane in LANES}
+    dense = [" or ".join("all" if n == 1 else f"1 of {n}" for n in every[lane]) for lane in LANES]
+    lines.append(f"| points run (`--every`) | {' | '.join(dense)} |")
+    return "\n".join(lines) + "\n"
 
 
 def peers() -> str:
