@@ -173,6 +173,10 @@ class Manager:
         """The checkpoints of the directory as they are now. Raises Unreadable if the system can't look just now."""
         return records(self.root, sure=True)
 
+    def seen(self) -> tuple[Record, ...]:
+        """The same for what no resume and no deletion rests on: what can't be read just now must not end a training."""
+        return records(self.root)
+
     # ---- saving --------------------------------------------------------------------------
 
     def save(

@@ -25,7 +25,7 @@ class Metrics:
         """Attach them to the checkpoint of `step`; `now` is the step that the loop is at."""
         plain = {name: number(value) for name, value in values.items()}
         if step not in self._run.saved and step != now:
-            found = policy.at_step(self._run.records(), step)
+            found = policy.at_step(self._run.seen(), step)
             if not found:
                 warn(f"record({step}): there is no checkpoint of step {step}; its metrics count for nothing")
                 return
@@ -46,7 +46,7 @@ class Metrics:
         """Whether they are better than those of every checkpoint, by any of the policy's metrics."""
         plain = {name: finite(number(value)) for name, value in values.items()}
         mine = Record(name="", step=-1, state="full", metrics={k: v for k, v in plain.items() if v is not None})
-        others = self._run.records()
+        others = self._run.seen()
         return any(self._beats(mine, others, monitor, mode) for monitor, mode in self._run.keep.monitors)
 
     def _beats(self, mine: Record, others: Sequence[Record], monitor: str, mode: ranking.Mode) -> bool:

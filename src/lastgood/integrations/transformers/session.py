@@ -298,7 +298,8 @@ class Session:
         if step in self.unsaved_metrics:  # save_strategy="best" evaluates first
             self.live.record(step, self.unsaved_metrics.pop(step))
         decisions = self.live.retain()
-        self._set_best([decision.record for decision in decisions if decision.action != "delete"])
+        kept = [decision.record for decision in decisions if decision.action != "delete"]
+        self._set_best(kept or self.live.seen())
         return record
 
     def _without(self, step: int) -> None:
@@ -321,7 +322,7 @@ class Session:
         values = {name: value for name, value in metrics.items() if name.startswith("eval_")}
         if step in self.live.saved:
             self.live.record(step, values)
-            self._set_best(self.live.records())
+            self._set_best(self.live.seen())
             if step == self.saved_step and not self.trainer.args.save_only_model:
                 changed = capture.after_evaluation(self.trainer, self.saved_rows)
                 after.write(self.live.door, self.live.saved[step].id, changed)
