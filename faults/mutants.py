@@ -21,6 +21,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent.parent
 PACKAGE = HERE / "src" / "lastgood"
+RED = 3
+"""Exit status of a lane that found something: not that of a traceback."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,16 +311,18 @@ def red(mutant: Mutant, place: Path) -> str:
     if mutant.red.startswith("test_"):
         options = ["-q", "-x", "-p", "no:cacheprovider", "--no-header", "-c", os.fspath(HERE / "pyproject.toml")]
         command += ["pytest", *options, "--rootdir", os.fspath(HERE), *mutant.red.split()]
-        folder = HERE / "tests"
+        folder, failed = HERE / "tests", 1  # pytest: tests failed; any other status is a mistake in the table
     else:
         lane, operation, every = mutant.red.split()
         command += ["faults.mutants", "--lane", lane, operation, every]
-        folder = place
+        folder, failed = place, RED
     done = subprocess.run(
         command, cwd=folder, env={**os.environ, **home}, capture_output=True, text=True, check=False, timeout=900
     )
     lines = [line for line in f"{done.stdout}\n{done.stderr}".splitlines() if line.strip()]
-    return (lines[-1] if lines else f"status {done.returncode}")[:160] if done.returncode else ""
+    if done.returncode not in (0, failed):
+        raise RuntimeError(f"{mutant.name}: {' '.join(command)} ended with {done.returncode}: {lines[-1:]}")
+    return (lines[-1] if lines else mutant.red)[:160] if done.returncode else ""
 
 
 def lane(name: str, operation: str, every: int) -> str:
@@ -326,7 +330,11 @@ def lane(name: str, operation: str, every: int) -> str:
     from faults import lanes
 
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as scratch:
-        bench = lanes.Bench(lanes.named(operation), Path(scratch))
+        chosen = lanes.named(operation)
+        try:
+            bench = lanes.Bench(chosen, Path(scratch))
+        except Exception as error:  # nothing was broken yet, and it can't even do what it is for
+            return f"{operation} fails undisturbed: {type(error).__name__}: {error}"
         for point in lanes.points(name, bench, every):
             if wrong := lanes.run(name, bench, point):
                 return f"{name} {operation} {point}: {wrong}"
@@ -338,7 +346,7 @@ def main(arguments: Sequence[str]) -> int:
     if arguments[:1] == ["--lane"]:
         wrong = lane(arguments[1], arguments[2], int(arguments[3]))
         print(wrong)
-        return bool(wrong)
+        return RED if wrong else 0
     chosen = [mutant for mutant in MUTANTS if not arguments or mutant.name in arguments]
     survived = 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -350,4 +358,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(min(1, main(sys.argv[1:])))
+    sys.exit(min(RED, main(sys.argv[1:])))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from lastgood.format.tensors import Tensor, encode
@@ -54,10 +55,10 @@ def branched(root: Path) -> None:
     go_back(root)
 
 
-def stock(root: Path) -> None:
-    """What a Trainer writes without lastgood: steps 10, 20 and 30."""
+def stock(root: Path, steps: Sequence[int] = (10, 20, 30)) -> None:
+    """What a Trainer writes without lastgood."""
     rows: list[dict[str, float]] = []
-    for step in (10, 20, 30):
+    for step in steps:
         rows.append({"step": step, "eval_loss": 1 / step})
         place = root / f"checkpoint-{step}"
         place.mkdir(parents=True)

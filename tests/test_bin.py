@@ -21,7 +21,6 @@ from lastgood.cli import adopt as adopting
 from lastgood.cli.held import held
 from lastgood.errors import NoCheckpoint
 from lastgood.format import guard
-from lastgood.format.tensors import Tensor, encode
 from lastgood.manager import Manager
 from lastgood.model import Record, on_lineage
 from lastgood.policy import Decision, Keep
@@ -34,6 +33,7 @@ from test_crash_points import THROUGH, die, manager, save, struck
 from test_parity import memory
 
 import forked
+from faults.runs import stock
 
 
 def tree(root: Path) -> dict[str, bytes]:
@@ -186,33 +186,6 @@ def three(root: Path) -> None:
     for step in (1, 2, 3):
         save(made, step)
     made.close()
-
-
-def stock(root: Path, steps: Sequence[int] = (10, 20, 30)) -> None:
-    """What a Trainer without lastgood writes."""
-    rows: list[dict[str, float]] = []
-    for step in steps:
-        rows.append({"step": step, "eval_loss": 1 / step})
-        place = root / f"checkpoint-{step}"
-        place.mkdir(parents=True)
-        weights = memoryview(bytes([step]) * 64)
-        _, chunks = encode([Tensor("w", "U8", (64,), weights)], {"format": "pt"})
-        (place / "model.safetensors").write_bytes(b"".join(bytes(chunk) for chunk in chunks))
-        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-            (place / name).write_bytes(archive(name, step))
-        (place / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": rows}))
-
-
-def archive(name: str, step: int) -> bytes:
-    import io
-    import zipfile
-
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as file:
-        inside = name.partition(".")[0]
-        file.writestr(f"{inside}/data.pkl", b"\x80\x02}q\x00.")
-        file.writestr(f"{inside}/data/0", bytes([step]) * 50)
-    return buffer.getvalue()
 
 
 def take_in(root: Path) -> None:
