@@ -26,9 +26,13 @@ _ID = re.compile("[0-9a-f]{16}")
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """A run as it was: id -> step of its checkpoints, what isn't ours, and what was said about checkpoints."""
+    """A run as it was: id -> step of its checkpoints, what isn't ours, and what was said about checkpoints.
+
+    newest: the step that a resume goes on from, 0 if there is none.
+    """
 
     ours: Mapping[str, int]
+    newest: int
     strangers: Mapping[str, bytes]
     said: Mapping[str, Any]
 
@@ -39,6 +43,7 @@ class Known:
         theirs = {r.name for r in found if not r.ours or r.manifest is None}
         return cls(
             ours={r.id: r.step for r in found if r.ours and r.state != "incomplete"},
+            newest=max(((r.seq, r.step) for r in found if r.good and r.state == "full"), default=(0, 0))[1],
             strangers={
                 name: data
                 for name, data in tree(root).items()
@@ -64,16 +69,26 @@ def tree(root: Path) -> dict[str, bytes]:
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
-def verdict(root: Path, done: Operation, before: Known, after: Known, *, returned: bool, power: bool = False) -> str:
+def verdict(
+    root: Path,
+    done: Operation,
+    before: Known,
+    after: Known,
+    *,
+    returned: bool,
+    power: bool = False,
+    floor: int | None = None,
+) -> str:
     """What is wrong, in words; "" if nothing. The run is opened, cleaned up and saved to on the way.
 
     before, after: the run without this operation, and with all of it. returned: the operation said that it was done.
+    floor: the step that a resume finds at least, where more is known than of the operation.
     power: the disk may have lost what was being deleted, so that damage is allowed there if it is detected.
     """
     try:
         return (
             _reading(root, done, before, after, returned=returned, power=power)
-            or _recovering(root, done)
+            or _recovering(root, done.floor if floor is None else floor)
             or _reading(root, done, before, after, returned=False, power=power)
             or _going_on(root)
         )
@@ -145,7 +160,7 @@ def _of(before: Known, value: Any) -> Any:
     return value
 
 
-def _recovering(root: Path, done: Operation) -> str:
+def _recovering(root: Path, floor: int) -> str:
     made = Manager(root=root, on_error="raise")
     made.open()
     try:
@@ -154,8 +169,8 @@ def _recovering(root: Path, done: Operation) -> str:
         step = 0
     finally:
         made.close()
-    if step < done.floor:
-        return f"I1: a resume goes on from step {step}, there was {done.floor}"
+    if step < floor:
+        return f"I1: a resume goes on from step {step}, there was {floor}"
     # Opening once more changes nothing of note: the journal alone grows, the lock's card comes and goes.
     was = _settled(root)
     made.open()

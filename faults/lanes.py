@@ -61,10 +61,11 @@ class Bench:
         with using(disk):
             yield disk
 
-    def judged(self, *, returned: bool, power: bool = False) -> str:
+    def judged(self, *, returned: bool, power: bool = False, floor: int | None = None) -> str:
         """The verdict on the run as it is now."""
         with using(Faulty(seed="judge")):
-            return verdict(self.root, self.operation, self.before, self.after, returned=returned, power=power)
+            known = self.before, self.after
+            return verdict(self.root, self.operation, *known, returned=returned, power=power, floor=floor)
 
 
 def crash(bench: Bench) -> Iterator[str]:
@@ -179,7 +180,7 @@ def overlooked(bench: Bench, text: str) -> str:
         except Exception as raised:
             return f"I19: {type(raised).__name__} instead of an error of ours: {raised}"
     gc.collect()
-    return bench.judged(returned=True)
+    return bench.judged(returned=True, floor=bench.after.newest)
 
 
 LANES: dict[str, tuple[Callable[[Bench], Iterator[str]], Callable[[Bench, str], str]]] = {

@@ -110,7 +110,7 @@ MUTANTS: Sequence[Mutant] = (
         "store/local.py",
         "    return error.errno in _PASSING\n",
         "    return False\n",
-        "look next_save(three) 40",
+        "look next_save(three) 7",
     ),
     Mutant(
         "no second look after EIO",
@@ -219,7 +219,7 @@ MUTANTS: Sequence[Mutant] = (
         "manager.py",
         "        return records(self.root, sure=True)\n",
         "        return records(self.root)\n",
-        "look next_save(three) 40",
+        "look next_save(three) 7",
     ),
     Mutant(
         "going back isn't written down",

@@ -123,9 +123,9 @@ class Recorder(FileSystem):
         return handle
 
     def write(self, handle: int, data: bytes | memoryview) -> int:
+        node = self._node(self._open[handle]) if handle in self._open else None  # as it is before
         count = super().write(handle, data)
-        if handle in self._open:
-            node = self._node(self._open[handle])
+        if node is not None:
             old = self.now.nodes[node]
             assert isinstance(old, bytes)
             self._did(Filled(node, old + bytes(data)[:count], len(old)))
