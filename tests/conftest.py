@@ -40,6 +40,24 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """A failure is told at once as well as at the end: a run that something cuts short has still said what it found."""
+    terminal = config.pluginmanager.get_plugin("terminalreporter")
+    if terminal is not None and "PYTEST_XDIST_WORKER" not in os.environ:
+        config.pluginmanager.register(_AtOnce(terminal))
+
+
+class _AtOnce:
+    def __init__(self, terminal: pytest.TerminalReporter) -> None:
+        self.terminal = terminal
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.terminal.write_line(f"\nFAILED {report.nodeid} ({report.when}, {report.duration:.0f} s)")
+            self.terminal.write_line(report.longreprtext)
+
+
 @pytest.fixture(scope="session")
 def realruns_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the real runs are made once for all processes of a test run; REALRUNS_CACHE keeps them for the next."""
