@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import traceback
 from pathlib import Path
 
@@ -69,9 +70,13 @@ def _child(door: str, out: Path, steps: int) -> None:
 def imports() -> None:
     """What the doors need, so that no fork has to import it."""
     import accelerate  # noqa: F401
+    from tqdm import tqdm
     from transformers import GPT2LMHeadModel, Trainer  # noqa: F401
 
     from demo.doors import DOORS
 
     if "lightning" in DOORS:
         import lightning.pytorch  # noqa: F401
+    # A progress bar is drawn under a lock that forked processes share: one that is killed meanwhile would hold up all of
+    # the others for ever.
+    tqdm.set_lock(threading.RLock())

@@ -6,7 +6,9 @@ import gc
 import os
 import shutil
 import signal
+import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -38,6 +40,10 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
+    # Children are killed at any moment. tqdm's own lock is shared by all that were forked: whoever dies while it draws
+    # a progress bar would keep it, and the next training in this process would wait for ever.
+    if "tqdm.std" in sys.modules:
+        sys.modules["tqdm.std"].tqdm.set_lock(threading.RLock())
 
 
 @pytest.hookimpl(trylast=True)

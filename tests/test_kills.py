@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -38,3 +40,17 @@ def test_a_run_that_is_complete_ends_the_same_when_it_is_launched_again(
         assert life.poll() == 0, (tmp_path / "run.log").read_text()
         ends.append((tmp_path / "run.end").read_text())
     assert ends[0] == ends[1]
+
+
+def test_who_is_killed_while_it_draws_a_progress_bar_holds_nobody_up() -> None:
+    """It used to keep a lock that all forked trainings share: the next one waited for ever."""
+    from tqdm import tqdm
+
+    imports()
+    pid = os.fork()
+    if pid == 0:
+        tqdm.get_lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+    assert tqdm.get_lock().acquire(timeout=10)
+    tqdm.get_lock().release()
