@@ -77,6 +77,6 @@ def imports() -> None:
 
     if "lightning" in DOORS:
         import lightning.pytorch  # noqa: F401
-    # A progress bar is drawn under a lock that forked processes share: one that is killed meanwhile would hold up all of
-    # the others for ever.
+    # A progress bar is drawn under a lock that forked processes share: one that is killed meanwhile would hold up all
+    # of the others for ever.
     tqdm.set_lock(threading.RLock())
