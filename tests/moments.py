@@ -21,6 +21,21 @@ EVERY = bool(os.environ.get("EVERY_POINT"))
 """Every moment instead of a choice of them."""
 
 
+SIGNALS = {
+    "TERM": ((signal.SIGTERM,), {0, 75}),
+    "TERM TERM": ((signal.SIGTERM, signal.SIGTERM), {0, 75}),  # within a second: one request
+    "INT": ((signal.SIGINT,), {130, 1}),
+    "INT INT": ((signal.SIGINT, signal.SIGINT), {130, 1}),
+    "TERM INT": ((signal.SIGTERM, signal.SIGINT), {130, 1}),
+    "TERM KILL": ((signal.SIGTERM, signal.SIGKILL), {-signal.SIGKILL}),
+    "HUP": ((signal.SIGHUP,), {-signal.SIGHUP}),
+    "QUIT, ignored": ((signal.SIGQUIT,), {0}),
+    "USR2": ((signal.SIGUSR2,), {0, 75}),
+    "KILL": ((signal.SIGKILL,), {-signal.SIGKILL}),
+}
+"""Name -> what is sent, and how a training that hears it may end."""
+
+
 @contextmanager
 def counted(act: Callable[[int, str], None]) -> Iterator[None]:
     """Before each such call of this process: `act` with its number, from 1 on, and what it is about to do."""
@@ -52,7 +67,7 @@ def signalled(point: int, *numbers: int) -> Any:
 
     def act(number: int, what: str) -> None:
         if number == point:
-            print(f"at {what}", flush=True)
+            print(f"\nat {what}", flush=True)  # behind a progress bar that has no end of line
             for one in numbers:
                 os.kill(os.getpid(), one)
 

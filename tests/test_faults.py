@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
+from lastgood.repo import verify
+from lastgood.repo.read import records
+from lastgood.testing import Model, Recorder, cuts, using
+
 from faults import lanes
+from faults.acts import take_in
 from faults.operations import OPERATIONS, Operation
+from faults.runs import stock
 
 # No multiples of how many kinds of errors there are: one kind alone would be tried.
 EVERY = {"crash": 11, "error": 160, "power": 80, "twice": 700, "look": 601}
@@ -46,3 +53,24 @@ def test_I4_a_crash_in_the_recovery_from_a_crash(operation: Operation, quick: Pa
 @every_operation
 def test_I1_I6_a_look_that_fails(operation: Operation, quick: Path) -> None:
     tried("look", operation, quick)
+
+
+@pytest.mark.parametrize("model", ["ordered", "posix"])
+def test_I1_I2_what_a_trainer_did_not_sync_is_durable_once_it_is_adopted(model: Model, quick: Path) -> None:
+    """The lanes above take what an operation finds for durable; a Trainer's files need not be."""
+    root, state = quick / "run", quick / "state"
+    root.mkdir()
+    disk = Recorder(root)
+    stock(root)
+    with using(disk):
+        take_in(root)
+    tried, there = 0, 0
+    for cut in cuts(disk.before, disk.events, model):
+        shutil.rmtree(state, ignore_errors=True)
+        cut.write(state)
+        found = [record for record in records(state) if record.manifest is not None]
+        for record in found:
+            assert verify.problems(state, record, full=True) == (), f"{record.name}: {cut.after}, {cut.label}"
+        tried, there = tried + 1, len(found)
+    assert tried > 50
+    assert there == 3, "it had returned"

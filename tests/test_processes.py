@@ -20,7 +20,7 @@ from lastgood.repo import journal, verify
 from lastgood.repo.layout import HIDDEN
 from lastgood.repo.read import records
 from lastgood.testing import FileSystem, using
-from moments import manager, prepared, save
+from moments import SIGNALS, manager, prepared, save
 
 import forked
 
@@ -49,19 +49,6 @@ def loop(root: Path, *numbers: int, point: int = 0) -> None:
         print("leaving", flush=True)
     everything = torch.cat([tensor.flatten() for tensor in model.state_dict().values()]).numpy().tobytes()
     (root.parent / "end").write_text(everything.hex())
-
-
-SIGNALS = {
-    "TERM": ((signal.SIGTERM,), {0, 75}),
-    "TERM TERM": ((signal.SIGTERM, signal.SIGTERM), {0, 75}),  # within a second: one request
-    "INT": ((signal.SIGINT,), {130, 1}),
-    "INT INT": ((signal.SIGINT, signal.SIGINT), {130, 1}),
-    "TERM INT": ((signal.SIGTERM, signal.SIGINT), {130, 1}),
-    "TERM KILL": ((signal.SIGTERM, signal.SIGKILL), {-signal.SIGKILL}),
-    "HUP": ((signal.SIGHUP,), {-signal.SIGHUP}),
-    "QUIT, ignored": ((signal.SIGQUIT,), {0}),
-    "USR2": ((signal.SIGUSR2,), {0, 75}),
-}
 
 
 def struck(root: Path, name: str, point: int) -> None:

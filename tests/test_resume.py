@@ -156,6 +156,23 @@ def test_a_finished_run_does_not_train_another_step(tmp_path: Path) -> None:
     assert "finished" in str(second.resume_report)
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["known", "cut short"])
+def test_a_finished_run_knows_its_last_evaluation(known: bool, tmp_path: Path) -> None:
+    """It comes after the last save. Killed before all of it was written down, it is made again."""
+    case = Case("x", evaluate=True, args={"eval_steps": 2, **BEST})
+    first = managed(tmp_path, case=case)
+    first.train()
+    expected = outcome(first)
+    assert 8 in expected["evals"]
+    if not known:
+        for path in (tmp_path / ".lastgood" / "metrics").glob("*.after.json"):
+            path.unlink()
+    for _ in range(2):
+        again = managed(tmp_path, case=case)
+        again.train(resume_from_checkpoint="auto")
+        assert outcome(again) == expected
+
+
 def test_load_best_model_at_end_never_takes_a_score_from_another_step(tmp_path: Path) -> None:
     """Evaluated more often than saved: the best score is at a step without a checkpoint."""
     scores = Scores({1: 9.0, 2: 1.8, 3: 0.5, 4: 1.4, 5: 9.0, 6: 2.0, 7: 9.0, 8: 2.2})

@@ -1,7 +1,7 @@
 """What an evaluation changed after the save of the same step: random states, the log, a plateau scheduler.
 
-A managed resume evaluates again and needs none of it. A stock Trainer saves after its
-evaluation: to give it a checkpoint as it would have written it, this is put on top.
+A managed resume evaluates again and needs none of it, except that of a run that is complete. A stock Trainer saves
+after its evaluation: to give it a checkpoint as it would have written it, this is put on top.
 Written without fsync: losing it loses no checkpoint.
 """
 

@@ -243,9 +243,7 @@ class ManagedTrainer(Loop):
         if session.proving is not None:
             session.proving.leave(self)
         if session.finished and session.source is not None and not session.caught_up:
-            known = session.target is not None and session.target.record is not None and session.target.record.metrics
-            session.caught_up = bool(known)  # evaluated already: nothing of a finished run depends on doing it again
-            session.restore_generators(evaluated=bool(known))
+            session.caught_up = session.finish()
             rest = {"model": self.model_wrapped, "trial": trial, "ignore_keys_for_eval": None, "start_time": start_time}
             self._catch_up(int(self.state.num_train_epochs) - 1, **rest)
         if session.occasions.leave and not session.finished and self.state.global_step < self.state.max_steps:
