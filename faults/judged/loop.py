@@ -54,7 +54,7 @@ def in_place() -> None:
                 file.write(path.read_bytes())
 
     commit._publish = publish
-    read.missing = lambda *_: ""  # type: ignore[assignment]
+    read.missing = lambda *_, **__: ""  # type: ignore[assignment]
     verify.problems = lambda *_, **__: ()  # type: ignore[assignment]
 
 
