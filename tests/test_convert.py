@@ -14,7 +14,7 @@ import torch
 from transformers import Trainer
 
 import lastgood
-from lastgood.convert import bring, write
+from lastgood.convert import bring, pickles, write
 from lastgood.convert.content import PENDING, Content
 from lastgood.convert.read import read
 from lastgood.errors import CorruptCheckpoint, NotSupported, UsageError
@@ -401,3 +401,12 @@ def test_weights_alone_make_no_full_checkpoint(tmp_path: Path) -> None:
     path, manifest = imported(content, tmp_path)
     assert not manifest.full
     assert differing(read(path, "imported", manifest), content) == []
+
+
+@pytest.mark.parametrize("data", [b"", b"r", b"PK", b"\x80\x02", b"\x80\x02}q", b"\x80\x02X\xff\xff\xff\xff", b"j\x01"])
+def test_whatever_torch_comes_upon_in_a_damaged_file_is_damage(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.pt").write_bytes(data)
+    with pytest.raises(CorruptCheckpoint, match=r"x\.pt can't be read"):
+        pickles.load(tmp_path / "x.pt")
+    with pytest.raises(CorruptCheckpoint, match="inside can't be read"):
+        pickles.load_bytes(data, "inside")

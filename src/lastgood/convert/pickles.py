@@ -46,7 +46,9 @@ def _load(file: Any, where: str) -> Any:
             " pickles",
             hint="save it again without that object (numbers, strings, lists, dicts and tensors are read)",
         ) from None
-    except (RuntimeError, ValueError, EOFError, KeyError, IndexError, TypeError, AttributeError, OSError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged bytes make torch raise whatever its next step comes upon
         raise CorruptCheckpoint(
             f"{where} can't be read: {str(error).splitlines()[0] if str(error) else error!r}"
         ) from error

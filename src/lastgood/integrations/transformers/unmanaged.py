@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from lastgood.convert import pickles
 from lastgood.errors import IncompleteRestore
 from lastgood.format import tensors as safetensors
 from lastgood.state.conversions import converted
@@ -53,8 +54,7 @@ def _saved(path: Path) -> dict[str, torch.Tensor]:
         for name, entry in safetensors.load(file).items():
             found[f"{file.parent.name}/{name}" if file.parent != path else name] = from_bytes(entry)
     for file in _pickled(path):
-        # weights_only=True and nothing else: a refusal is an error, never a reason to try without.
-        found.update(torch.load(file, map_location="cpu", weights_only=True))
+        found.update(pickles.load(file))
     return found
 
 
