@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from blake3 import blake3
 
@@ -15,22 +16,30 @@ LENGTH = 16
 """Bytes of a tensor's hash: enough that nobody finds two tensors with the same one, half of what a file has."""
 
 
+class Place(NamedTuple):
+    """Where a tensor is in a file, and the digest of what is there."""
+
+    slot: Slot
+    digest: str
+
+
 def signature(dtype: str, shape: Sequence[int]) -> str:
     """`dtype[shape]`, the first half of a digest."""
     return f"{dtype}{list(shape)}"
 
 
-def digests(path: Path) -> tuple[FileEntry, dict[str, str]]:
-    """(size and hash of the file, digest of each tensor as tensors.json has it).
+def digests(path: Path) -> tuple[FileEntry, dict[str, Place]]:
+    """(size and hash of the file, each tensor with its digest as tensors.json has it).
 
     Raises OSError, CorruptCheckpoint for a header that can't be read.
     """
     return local.tried_again(lambda: _digests(path))
 
 
-def _digests(path: Path) -> tuple[FileEntry, dict[str, str]]:
+def _digests(path: Path) -> tuple[FileEntry, dict[str, Place]]:
     slots = read_header(path).slots
-    whole, at, found = blake3(), 0, dict.fromkeys(slots, "")
+    found: dict[str, Place] = {}
+    whole, at = blake3(), 0
     waiting = iter(slots.items())
     name, slot, hasher = _next(waiting)
     with local.opened(path) as file:
@@ -40,7 +49,7 @@ def _digests(path: Path) -> tuple[FileEntry, dict[str, str]]:
             whole.update(block)
             while slot is not None and slot.end <= end:
                 hasher.update(block[max(slot.begin, at) - at : slot.end - at])
-                found[name] = _told(slot, hasher)
+                found[name] = Place(slot, _told(slot, hasher))
                 name, slot, hasher = _next(waiting)
             if slot is not None and slot.begin < end:
                 hasher.update(block[max(slot.begin, at) - at :])

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lastgood.errors import CorruptCheckpoint
-from lastgood.format.digests import digests
+from lastgood.format.digests import Place, digests
 from lastgood.model import FileEntry, Manifest
 from lastgood.store import contents, local
 
@@ -20,7 +20,7 @@ class Held:
 
     state: bool = True
     _contents: dict[Path, tuple[memoryview, FileEntry]] = field(default_factory=dict)
-    _digests: dict[Path, tuple[dict[str, str], FileEntry]] = field(default_factory=dict)
+    _digests: dict[Path, tuple[dict[str, Place], FileEntry]] = field(default_factory=dict)
 
     def read(self, directory: Path, name: str, manifest: Manifest) -> FileEntry:
         """Size and hash of a file as it is now; what a restore needs of it is kept. Raises OSError."""
@@ -43,8 +43,8 @@ class Held:
         """All bytes of a file, no longer kept here, with their hash. Raises OSError."""
         return self._contents.pop(path, None) or contents.content(path)
 
-    def digests(self, path: Path) -> tuple[dict[str, str], FileEntry]:
-        """The digest of each tensor of a safetensors file. Raises OSError, CorruptCheckpoint."""
+    def digests(self, path: Path) -> tuple[dict[str, Place], FileEntry]:
+        """Each tensor of a safetensors file with its digest. Raises OSError, CorruptCheckpoint."""
         if path in self._digests:
             return self._digests[path]
         entry, found = digests(path)

@@ -73,11 +73,10 @@ class Saved:
         path = self.path / name
         try:
             found, entry = self.held.digests(path)
-            slots = safetensors.read_header(path).slots
         except OSError as error:
             raise CorruptCheckpoint(f"{path} can't be read: {error.strerror or error}") from error
         self._as_saved(name, entry)
-        return [Stored(path, key, slot, found[key]) for key, slot in slots.items() if key in found]
+        return [Stored(path, key, place.slot, place.digest) for key, place in found.items()]
 
     def _as_saved(self, name: str, entry: FileEntry) -> None:
         manifest = self.record.manifest

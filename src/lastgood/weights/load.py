@@ -59,7 +59,7 @@ def one(path: Path, name: str, entry: FileEntry | None, known: Collection[str] =
         whole, inside = digests(path)
     except OSError as error:
         raise CorruptCheckpoint(f"{path} can't be read: {error.strerror or error}") from error
-    if whole != entry or inside.get(name) != digest(found):
+    if whole != entry or name not in inside or inside[name].digest != digest(found):
         raise _damaged(path)
     return found
 
