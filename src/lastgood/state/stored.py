@@ -59,7 +59,8 @@ def fill(pairs: Sequence[tuple[torch.Tensor, Stored]]) -> list[str]:
     groups = list(_together(order, pairs))
     told = local.at_once(lambda group: _read([pairs[n] for n in group]), groups, limit=os.cpu_count() or 1)
     # Autograd counts what torch writes, and whoever asks whether a tensor has changed since asks for that.
-    torch.autograd.graph.increment_version([live for live, _ in pairs])
+    for live, _ in pairs:
+        torch.autograd.graph.increment_version(live)
     found = dict(zip((n for group in groups for n in group), (text for texts in told for text in texts), strict=True))
     return [found[n] for n in range(len(pairs))]
 

@@ -203,6 +203,7 @@ class Session:
             self.source.extras(self.trainer)
         if self.target is not None:
             self._report()
+            self.target.held.clear()
             if self.source is not None:
                 self.source.done()
         if self.proving is None and not self.finished and not self.planned:
