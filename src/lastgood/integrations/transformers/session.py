@@ -151,6 +151,7 @@ class Session:
         self.source = Source(target.path, target.record, target.held, allow=self.options.allow_missing)
         # Before the first tensor changes: a checkpoint that can't be restored as a whole isn't restored in part.
         self.source.require("optimizer", "scheduler", "rng", "progress")
+        _ = self.source.tensors  # read and hashed, if its verification hasn't done so
         self.source.weights(model)
         return True
 
