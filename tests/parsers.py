@@ -123,7 +123,11 @@ def checkpoint(data: bytes, folder: Path) -> None:
 @target(seeds.TENSORS)
 def tensors(data: bytes, folder: Path) -> None:
     path = put(folder, "x.safetensors", data)
-    for read in (safetensors.read_header, safetensors.load, lambda p: safetensors.decode(p, bytearray(data))):
+    for read in (
+        safetensors.read_header,
+        safetensors.load,
+        lambda p: safetensors.decode(p, memoryview(bytearray(data))),
+    ):
         try:
             found: Any = read(path)
         except CorruptCheckpoint as error:

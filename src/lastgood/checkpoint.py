@@ -16,7 +16,7 @@ from lastgood.format.tensors import read_header
 from lastgood.model import FileEntry, Manifest, Record, Span, State
 from lastgood.repo import journal, metrics, pins, verify
 from lastgood.repo.read import held_by, id_at
-from lastgood.store import local
+from lastgood.store import contents
 from lastgood.talk import warn
 
 if TYPE_CHECKING:
@@ -182,27 +182,38 @@ class Checkpoint:
         told = self._told(part)
         return self._read(self._files_of(part, told), told, device, dtype)
 
-    def tensor(self, name: str) -> torch.Tensor:
+    def tensor(self, name: str, *, verify: bool = True) -> torch.Tensor:
         """One tensor by the name it is stored under, in any of the files: an optimizer's too (`state.NAME.exp_avg`).
 
-        Raises UsageError where no file has it, otherwise as `load`.
+        Only its own bytes are kept. They are proven by the digest that the model's tensor of this name had, else by the
+        hash of the whole file, which is read through for it. verify=False reads its bytes and nothing else: nobody
+        says then that they are what was saved. Raises UsageError where no file has it, otherwise as `load`.
         """
         self._readable()
-        stored = self._told("")["aliases"].get(name, name)
+        told = self._told("")
+        stored = told["aliases"].get(name, name)
+        models = [told, *told.get("modules", {}).values()]
+        known = [digest for model in models if (digest := model.get("tensors", {}).get(stored))]
         for file in sorted(self.files):
             if file.endswith(".safetensors") and stored in read_header(self.path / file).slots:
-                return self._read([file], {"aliases": {}}, None, None)[stored]
+                entry = self.files[file] if verify else None
+                found: torch.Tensor = self._loading().one(self.path / file, stored, entry, known)
+                return found
         raise UsageError(f"{self.name} has no tensor {name!r}", hint="`lastgood show --tensors` lists them")
 
     def _read(self, names: list[str], told: Mapping[str, Any], device: Any, dtype: Any) -> dict[str, torch.Tensor]:
+        files = [(self.path / name, self.files[name]) for name in names]
+        found: dict[str, torch.Tensor] = self._loading().load(files, told, device=device, dtype=dtype)
+        return found
+
+    def _loading(self) -> Any:
         try:
-            from lastgood.weights.load import load
+            from lastgood.weights import load
         except ModuleNotFoundError as error:
             if error.name not in ("torch", "numpy"):
                 raise
             raise NotSupported("tensors need torch, which isn't installed", hint="pip install torch") from None
-        files = [(self.path / name, self.files[name]) for name in names]
-        return load(files, told, device=device, dtype=dtype)
+        return load
 
     def _readable(self) -> None:
         if self.manifest is None:
@@ -246,7 +257,7 @@ class Checkpoint:
         if entry is None:
             return {"aliases": {}}
         try:
-            data, is_now = local.content(self.path / NAMES)
+            data, is_now = contents.content(self.path / NAMES)
             whole = loads(bytes(data))
             told = whole if part in ("", "model") else whole.get("modules", {}).get(part, {})
             known = told.get("aliases", {})

@@ -27,7 +27,7 @@ from lastgood.errors import (
 from lastgood.model import Head, Record, Span, extend, next_seq
 from lastgood.policy import Keep
 from lastgood.recovery import LOST_HEAD, UNADOPTED, Found, first_good, in_order
-from lastgood.repo import free, gc, journal, layout, leases, metrics, poison, verify
+from lastgood.repo import free, gc, held, journal, layout, leases, metrics, poison, verify
 from lastgood.repo.commit import commit
 from lastgood.repo.lock import RunLock
 from lastgood.repo.protect import protected
@@ -341,8 +341,8 @@ class Manager:
 
     # ---- finding -------------------------------------------------------------------------
 
-    def find(self, what: Literal["last", "best"] | int, *, full: bool = True) -> Found:
-        """The checkpoint to resume from (full) or to load (the weights are enough), verified.
+    def find(self, what: Literal["last", "best"] | int, *, full: bool = True, held: held.Held | None = None) -> Found:
+        """The checkpoint to resume from (full) or to load (the weights are enough), verified. held: see `problems`.
 
         "last" and "best" fall back to the next one when one fails verification; a step does not.
         Raises NoCheckpoint, with a line for each that was passed over, when none is left.
@@ -355,7 +355,7 @@ class Manager:
         damaged = [r.name for r in everything if r.state == "incomplete"]
         choice = first_good(
             in_order(everything, what, monitor=monitor, mode=mode),
-            lambda record: verify.problems(self.root, record, full=self.verify == "full", sure=True),
+            lambda record: verify.problems(self.root, record, full=self.verify == "full", sure=True, held=held),
             weights="holds the weights alone" if full else "",
             fall_back=not isinstance(what, int),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from lastgood.layouts import trainer as stock
 from lastgood.manager import Manager
 from lastgood.model import Record
 from lastgood.repo import verify
+from lastgood.repo.held import Held
 from lastgood.repo.layout import HIDDEN, step_of
 from lastgood.repo.read import records
 from lastgood.talk import warn
@@ -25,6 +26,7 @@ class Target:
     """path: the checkpoint's directory. record: what is known of it; None for one that a stock Trainer wrote.
 
     own: it belongs to the run in this output_dir, which therefore goes on; otherwise a new run begins with its state.
+    held: what its verification has read already.
     """
 
     path: Path
@@ -32,6 +34,7 @@ class Target:
     own: bool
     skipped: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
+    held: Held = field(default_factory=Held)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +100,13 @@ def _auto(manager: Manager, option: str, stock_too: bool) -> Target | Fresh:
 
 
 def _own(manager: Manager, what: Any, *, full: bool = True) -> Target:
-    found = manager.find(what, full=full)
+    held = Held()
+    found = manager.find(what, full=full, held=held)
     manager.quarantine(found.damaged)
     path = manager.root / found.record.name
     if not found.record.layout:
         notes = _loudly(found.record)
-        return Target(path=path, record=found.record, own=True, skipped=found.skipped, notes=notes)
+        return Target(path=path, record=found.record, own=True, skipped=found.skipped, notes=notes, held=held)
     lost = stock.lacking(path)
     if found.record.layout != "trainer" or lost:
         raise NotSupported(
@@ -152,10 +156,11 @@ def _path(manager: Manager, path: Path, option: str) -> Target:
     if record is None or record.manifest is None or (record.problem and record.state == "incomplete"):
         reason = "not a checkpoint directory" if record is None else record.problem
         raise CorruptCheckpoint(f"{path} can't be resumed from: {reason}", hint=f"{option}='auto'")
-    faults = verify.problems(path.parent, record, full=manager.verify == "full", sure=True)
+    held = Held(state=option != "init")
+    faults = verify.problems(path.parent, record, full=manager.verify == "full", sure=True, held=held)
     if faults:
         raise CorruptCheckpoint(f"{path} is damaged: {'; '.join(faults[:3])}", hint=f"{option}='auto'")
-    return Target(path=path, record=record, own=same_run and record.ours, notes=_loudly(record))
+    return Target(path=path, record=record, own=same_run and record.ours, notes=_loudly(record), held=held)
 
 
 def _stock_path(path: Path) -> Target:

@@ -172,14 +172,14 @@ def load(path: Path) -> dict[str, Tensor]:
     }
 
 
-def decode(path: Path, buffer: bytearray) -> dict[str, Tensor]:
+def decode(path: Path, buffer: memoryview) -> dict[str, Tensor]:
     """All tensors of a file that was read, as writable views into it. Raises CorruptCheckpoint."""
     count = struct.unpack_from("<Q", buffer)[0] if len(buffer) >= 8 else 0
     if not 2 <= count <= min(HEADER_LIMIT, max(0, len(buffer) - 8)):
         raise CorruptCheckpoint(f"{path}: no safetensors header ({len(buffer)} bytes, header length {count})")
-    header, view = _parse(path, bytes(buffer[8 : 8 + count]), 8 + count, len(buffer)), memoryview(buffer)
+    header = _parse(path, bytes(buffer[8 : 8 + count]), 8 + count, len(buffer))
     return {
-        name: Tensor(name, slot.dtype, slot.shape, view[slot.begin : slot.end]) for name, slot in header.slots.items()
+        name: Tensor(name, slot.dtype, slot.shape, buffer[slot.begin : slot.end]) for name, slot in header.slots.items()
     }
 
 

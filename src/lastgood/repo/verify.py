@@ -9,19 +9,28 @@ from pathlib import Path
 from lastgood.errors import CorruptCheckpoint
 from lastgood.format.tensors import read_header
 from lastgood.model import FileEntry, Record
+from lastgood.repo.held import Held
 from lastgood.repo.read import missing, newer, unreadable
 from lastgood.store import local
 
 
 def problems(
-    root: Path, record: Record, *, full: bool, sure: bool = False, progress: Callable[[int], None] | None = None
+    root: Path,
+    record: Record,
+    *,
+    full: bool,
+    sure: bool = False,
+    progress: Callable[[int], None] | None = None,
+    held: Held | None = None,
 ) -> tuple[str, ...]:
     """What is wrong with each file; () for a good checkpoint. sure: raise Unreadable, see `records`.
 
     full: read and hash every byte; otherwise sizes and safetensors headers, unless a stock Trainer may have written
     into it after its manifest. `progress` gets the bytes of each file
-    that is done.
+    that is done. held: keeps what a restore of this checkpoint needs of what is read here.
     """
+    if held is not None:
+        held.clear()
     manifest, directory = record.manifest, root / record.name
     if manifest is None:
         return (record.problem or "it has no manifest",)
@@ -37,7 +46,7 @@ def problems(
     def check(item: tuple[str, FileEntry]) -> str:
         name, expected = item
         try:
-            found = local.digest(directory / name)
+            found = local.digest(directory / name) if held is None else held.read(directory, name, manifest)
         except OSError as error:
             if sure and local.passing(error):
                 raise unreadable(directory / name, error) from error

@@ -8,7 +8,7 @@ moments of a bf16 parameter come back as bf16), so what it changed is put back a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,9 @@ from lastgood.errors import Incompatible
 from lastgood.state import tree
 from lastgood.state.match import Match, some
 from lastgood.state.tensors import same_bits
+
+MANY = 1000
+"""Parameters of a group from which on it matters how they are looked for."""
 
 
 def plain(optimizer: Any) -> torch.optim.Optimizer:
@@ -40,6 +43,11 @@ def parameter_names(optimizer: torch.optim.Optimizer, live: Mapping[str, torch.T
 def clean(name: str) -> str:
     """The parameter's name without what torch.compile puts in front."""
     return name.replace("_orig_mod.", "")
+
+
+def beginnings(prefix: str = "") -> tuple[str, ...]:
+    """How the names of the tensors of one optimizer begin, see `capture`."""
+    return tuple(f"{prefix}{word}." for word in ("state", "group", "rest"))
 
 
 def capture(
@@ -131,18 +139,28 @@ def _begin_with(start: str, names: list[str]) -> tuple[list[str], list[str]]:
 def restore(
     optimizer: Any, live: Mapping[str, torch.Tensor], saved: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Load into `optimizer`. Raises Incompatible, before anything is changed, where the parameters differ."""
+    """Load into `optimizer`, which keeps `tensors` as its own: nobody else may use them any more.
+
+    Raises Incompatible, before anything is changed, where the parameters differ.
+    """
     inner = plain(optimizer)
     names = fits(optimizer, live, saved)
     position = {name: index for index, name in enumerate(name for group in names for name in group)}
-    owned = {name: tensor.clone() for name, tensor in tensors.items()}
-    state = {position[name]: tree.decode(entry, owned) for name, entry in saved["state"].items()}
+    state = {position[name]: tree.decode(entry, tensors) for name, entry in saved["state"].items()}
     groups = []
     for group, group_names in zip(saved["groups"], names, strict=True):
-        values = tree.decode(group["values"], owned)
-        groups.append({**values, "params": [position[name] for name in group_names]})
-    inner.load_state_dict({**tree.decode(saved["rest"], owned), "state": state, "param_groups": groups})
+        numbers = [position[name] for name in group_names]
+        groups.append({**tree.decode(group["values"], tensors), "params": _numbers(numbers)})
+    inner.load_state_dict({**tree.decode(saved["rest"], tensors), "state": state, "param_groups": groups})
     _undo_casts(inner, state)
+
+
+def _numbers(numbers: list[int]) -> Sequence[int]:
+    """torch looks for each parameter in its group for each of its tensors: in a list, that is quadratic."""
+    if len(numbers) < MANY:
+        return numbers
+    whole = range(numbers[0], numbers[0] + len(numbers))
+    return whole if numbers == list(whole) else numbers
 
 
 def _same_parameters(live: list[list[str]], saved: list[list[str]]) -> None:
@@ -168,5 +186,10 @@ def _undo_casts(inner: torch.optim.Optimizer, state: Mapping[int, Any]) -> None:
             continue
         for key, value in entry.items():
             got = live.get(key)
-            if isinstance(value, torch.Tensor) and isinstance(got, torch.Tensor) and not same_bits(got, value):
+            if (
+                isinstance(value, torch.Tensor)
+                and isinstance(got, torch.Tensor)
+                and got is not value
+                and not same_bits(got, value)
+            ):
                 live[key] = value.to(got.device)

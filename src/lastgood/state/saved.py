@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ import torch
 
 from lastgood.errors import CorruptCheckpoint
 from lastgood.format import tensors as safetensors
-from lastgood.model import Record
+from lastgood.model import FileEntry, Record
+from lastgood.repo.held import Held
+from lastgood.state.stored import Stored
 from lastgood.state.tensors import from_bytes
 
 RESUME, STATE, DIGESTS = "resume.json", "optimizer.safetensors", "tensors.json"
@@ -19,13 +21,15 @@ RESUME, STATE, DIGESTS = "resume.json", "optimizer.safetensors", "tensors.json"
 
 @dataclass(slots=True)
 class Saved:
-    """Each file is read once, when it is asked for first."""
+    """Each file is read once, when it is asked for first. held: what its verification has read already."""
 
     path: Path
     record: Record
+    held: Held = field(default_factory=Held)
     _resume: dict[str, Any] | None = None
     _digests: dict[str, Any] | None = None
     _tensors: dict[str, torch.Tensor] | None = None
+    _given: set[str] = field(default_factory=set)
 
     @property
     def parts(self) -> dict[str, tuple[str, ...]]:
@@ -55,12 +59,46 @@ class Saved:
         return self._tensors
 
     def load(self, name: str) -> dict[str, torch.Tensor]:
-        """The tensors of one file."""
-        return {key: from_bytes(entry) for key, entry in safetensors.load(self.path / name).items()}
+        """The tensors of one file, hashed as they were read. Raises CorruptCheckpoint."""
+        path = self.path / name
+        try:
+            buffer, entry = self.held.content(path)
+        except OSError as error:
+            raise CorruptCheckpoint(f"{path} can't be read: {error.strerror or error}") from error
+        self._as_saved(name, entry)
+        return {key: from_bytes(found) for key, found in safetensors.decode(path, buffer).items()}
+
+    def stored(self, name: str) -> list[Stored]:
+        """Where the tensors of one file are and what they hold; none is in memory yet. Raises CorruptCheckpoint."""
+        path = self.path / name
+        try:
+            found, entry = self.held.digests(path)
+        except OSError as error:
+            raise CorruptCheckpoint(f"{path} can't be read: {error.strerror or error}") from error
+        self._as_saved(name, entry)
+        return [Stored(path, key, place.slot, place.digest) for key, place in found.items()]
+
+    def _as_saved(self, name: str, entry: FileEntry) -> None:
+        manifest = self.record.manifest
+        if manifest is not None and manifest.files.get(name, entry) != entry:
+            raise CorruptCheckpoint(
+                f"the content of {self.path / name} is not what was saved (hash differs)",
+                hint="`lastgood verify --full` says which checkpoints are good",
+            )
+
+    def given(self, beginnings: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        """The tensors whose names begin like this, for whoever keeps them: what is asked for again is read again."""
+        if self._given.intersection(beginnings):
+            self.done()
+        self._given.update(beginnings)
+        own = [name for name in self.tensors if name.startswith(beginnings)]
+        return {name: self.tensors.pop(name) for name in own}
 
     def done(self) -> None:
         """Everything was handed out: let go of the buffers."""
         self._tensors = None
+        self._given.clear()
+        self.held.clear()
 
 
 def read_json(path: Path) -> dict[str, Any]:

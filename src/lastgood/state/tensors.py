@@ -8,6 +8,7 @@ import torch
 from blake3 import blake3
 
 from lastgood.errors import NotSupported
+from lastgood.format import digests
 from lastgood.format.tensors import CODES, Tensor
 
 CODE_OF: dict[torch.dtype, str] = {getattr(torch, name): code for name, code in CODES.items() if hasattr(torch, name)}
@@ -44,16 +45,23 @@ def from_bytes(entry: Tensor) -> torch.Tensor:
     return torch.frombuffer(entry.data, dtype=torch.uint8).view(dtype).reshape(entry.shape)
 
 
+def window(tensor: torch.Tensor) -> memoryview:
+    """The memory of a dense, contiguous CPU tensor, to be written to."""
+    if tensor.numel() == 0:
+        return memoryview(bytearray())
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy().data).cast("B")
+
+
 def digest(tensor: torch.Tensor, name: str = "") -> str:
     """`dtype[shape]:hash` of the values: two tensors with the same digest hold the same bits."""
     entry = to_bytes(name, tensor)
     hasher = blake3(entry.data, max_threads=blake3.AUTO) if len(entry.data) > 1 << 20 else blake3(entry.data)
-    return f"{signature(tensor)}:{hasher.hexdigest(length=16)}"
+    return f"{signature(tensor)}:{hasher.hexdigest(length=digests.LENGTH)}"
 
 
 def signature(tensor: torch.Tensor) -> str:
     """`dtype[shape]`, the first half of a digest."""
-    return f"{CODE_OF.get(tensor.dtype, tensor.dtype)}{list(tensor.shape)}"
+    return digests.signature(f"{CODE_OF.get(tensor.dtype, tensor.dtype)}", tensor.shape)
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:

@@ -22,7 +22,9 @@ from lastgood.errors import Incompatible, IncompleteRestore
 from lastgood.state.conversions import converted
 from lastgood.state.fingerprint import Fingerprints, live_tensors
 from lastgood.state.match import some
+from lastgood.state.meta import all_filled, give_memory
 from lastgood.state.optimizer import clean
+from lastgood.state.stored import Stored, fill, open_to
 from lastgood.state.tensors import digest, same_bits, signature
 
 WRITERS = (
@@ -176,11 +178,12 @@ def restore(
     expected: Mapping[str, str],
     load: Callable[[], dict[str, torch.Tensor]],
     *,
+    stored: Iterable[Stored] = (),
     allow_base: bool = False,
     unstored: Collection[str] = (),
 ) -> dict[str, int]:
     """Give every live tensor the value whose digest is in `expected`: `prepare` and `Prepared.apply` in one."""
-    return prepare(model, expected, load, allow_base=allow_base, unstored=unstored).apply()
+    return prepare(model, expected, load, stored=stored, allow_base=allow_base, unstored=unstored).apply()
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,14 +196,32 @@ class Prepared:
 
     live: Mapping[str, torch.Tensor]
     expected: Mapping[str, str]
-    sources: Mapping[str, torch.Tensor]
+    sources: Mapping[str, torch.Tensor | Stored]
     counts: dict[str, int]
 
     def apply(self) -> dict[str, int]:
         """Returns the counts. Raises IncompleteRestore if a tensor doesn't hold what was saved even now."""
-        for name, tensor in self.sources.items():
-            put(self.live[name], tensor)
-        wrong = [name for name in self.sources if digest(self.live[name]) != self.expected[name]]
+        for name in self.sources:
+            if self.live[name].is_meta:
+                give_memory(self.live[name])
+        straight = {
+            name: source
+            for name, source in self.sources.items()
+            if isinstance(source, Stored) and open_to(self.live[name])
+        }
+        try:
+            told = fill([(self.live[name], source) for name, source in straight.items()])
+            holds = dict(zip(straight, told, strict=True))
+            for name, source in self.sources.items():
+                if name not in straight:
+                    put(self.live[name], source.tensor() if isinstance(source, Stored) else source)
+                    holds[name] = digest(self.live[name])
+        except OSError as error:
+            raise IncompleteRestore(
+                f"a file that was good a moment ago can't be read any more ({error}): the model is restored in part",
+                hint="don't train on; launch again",
+            ) from error
+        wrong = [name for name, held in holds.items() if held != self.expected[name]]
         if wrong:
             raise IncompleteRestore(f"after the restore these tensors don't hold what was saved: {some(wrong)}")
         return self.counts
@@ -217,35 +238,48 @@ def prepare(
     expected: Mapping[str, str],
     load: Callable[[], dict[str, torch.Tensor]],
     *,
+    stored: Iterable[Stored] = (),
+    empty: Mapping[str, torch.Tensor] | None = None,
     allow_base: bool = False,
     unstored: Collection[str] = (),
 ) -> Prepared:
-    """Find what goes into every live tensor by the digests in `expected`; `load` reads the saved tensors when needed.
+    """Find what goes into every live tensor by the digests in `expected`.
 
+    stored: tensors of verified files, which are read straight into the live ones. load: all saved tensors in memory,
+    for what none of `stored` is: conversions need them. empty: tensors of the model that have no memory yet.
     allow_base: frozen tensors that differ and aren't stored (another base model) stay as they are.
     unstored: names in `expected` of what `computed` gave at the save and nothing holds; another version of a library
     may build a model without them, or with others.
     Raises Incompatible (names or shapes differ) or IncompleteRestore (no saved tensor leads to a live one).
     """
-    live = live_tensors(model)
+    live = {**live_tensors(model), **(empty or {})}
     _same_names(set(live) - (computed(model) - set(expected)), set(expected) - (set(unstored) - set(live)))
     expected = {name: want for name, want in expected.items() if name in live}
-    waiting = {name: want for name, want in expected.items() if digest(live[name]) != want}
+    by_digest: dict[str, torch.Tensor | Stored] = {item.digest: item for item in stored}
+    # What is trained has changed, so it isn't hashed to find that out; what isn't may be many gigabytes of a frozen
+    # base that no checkpoint holds, or memory that can't be written to.
+    waiting = {
+        name: want
+        for name, want in expected.items()
+        if live[name].is_meta or (want in by_digest and live[name].requires_grad) or digest(live[name]) != want
+    }
     counts = {"unchanged": len(expected) - len(waiting), "copied": 0, "converted": 0}
-    if not waiting:
-        return Prepared(live, expected, {}, counts)
-    saved = load()
-    by_digest = {digest(tensor): tensor for tensor in saved.values()}
     sources = {name: by_digest[want] for name, want in waiting.items() if want in by_digest}
-    counts["copied"] = len(sources)
     rest = {name: want for name, want in waiting.items() if name not in sources}
     if rest:
+        saved = load()
+        if not by_digest:
+            found = {digest(tensor): tensor for tensor in saved.values()}
+            sources |= {name: found[want] for name, want in rest.items() if want in found}
+    counts["copied"] = len(sources)
+    if rest := {name: want for name, want in rest.items() if name not in sources}:
         for name, tensor in converted(model, saved).items():
             if name in rest and digest(tensor) == rest[name]:
                 sources[name] = tensor
                 counts["converted"] += 1
     if allow_base:
-        other = {name for name in waiting if name not in sources and not live[name].requires_grad}
+        base = {name for name in waiting if not (live[name].requires_grad or live[name].is_meta)}
+        other = {name for name in base if name not in sources}
         counts["different"] = len(other)
         waiting = {name: want for name, want in waiting.items() if name not in other}
     _all_found(waiting, sources, live)
@@ -267,7 +301,7 @@ def _same_names(live: set[str], saved: set[str]) -> None:
 
 
 def _all_found(
-    waiting: Mapping[str, str], sources: Mapping[str, torch.Tensor], live: Mapping[str, torch.Tensor]
+    waiting: Mapping[str, str], sources: Mapping[str, torch.Tensor | Stored], live: Mapping[str, torch.Tensor]
 ) -> None:
     other_shape = [
         f"{name} ({want.partition(':')[0]} saved, {signature(live[name])} here)"
@@ -280,6 +314,7 @@ def _all_found(
             hint="use the model configuration, vocabulary and dtype of the saved run",
         )
     missing = [name for name in waiting if name not in sources]
+    all_filled(missing, live)
     if missing:
         raise IncompleteRestore(
             f"{len(missing)} tensors of the model can't be brought back from the checkpoint: {some(missing)}",

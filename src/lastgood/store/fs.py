@@ -7,8 +7,12 @@ them as a crash would, or to write down what a power cut could leave: see `lastg
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+_SEEKING = threading.Lock()
+"""Where a system can't read at a place: nobody else moves there in between."""
 
 AnyPath = str | os.PathLike[str]
 
@@ -86,6 +90,14 @@ class FileSystem:
     def read_into(self, handle: int, buffer: memoryview) -> int:
         """Bytes read into the beginning of `buffer`; 0 at the end of the file."""
         return os.readv(handle, [buffer]) if hasattr(os, "readv") else _read_into(handle, buffer)
+
+    def read_at(self, handle: int, buffer: memoryview, at: int) -> int:
+        """The same from byte `at` on, wherever others read: several threads may share the handle."""
+        if hasattr(os, "preadv"):
+            return os.preadv(handle, [buffer], at)
+        with _SEEKING:
+            os.lseek(handle, at, os.SEEK_SET)
+            return self.read_into(handle, buffer)
 
     def status(self, path: AnyPath) -> os.stat_result:
         """Of the link itself, if it is one."""

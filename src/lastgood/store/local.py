@@ -22,8 +22,9 @@ from blake3 import blake3
 from lastgood.model import FileEntry
 from lastgood.store import fs
 
-BLOCK = 1 << 17
-"""Bytes read at a time when a file is hashed (128 KiB): they stay in the cache of the processor."""
+BLOCK = 1 << 20
+"""Bytes read at a time when a file is hashed (1 MiB): they stay in the cache of the processor, and the interpreter,
+whose lock is given back for each of them, isn't asked too often."""
 
 # Each of these exists on some systems only; O_BINARY keeps Windows from translating line ends.
 _SAFE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
@@ -230,7 +231,7 @@ def folders(path: Path) -> list[str]:
         return []
 
 
-def _tried_again(act: Callable[[], T]) -> T:
+def tried_again(act: Callable[[], T]) -> T:
     """File servers report a connection that was lost for a moment as EIO: a broken disk fails twice."""
     try:
         return act()
@@ -242,7 +243,7 @@ def _tried_again(act: Callable[[], T]) -> T:
 
 def read(path: Path | str, limit: int) -> bytes:
     """A regular file of at most `limit` bytes; OSError otherwise."""
-    return _tried_again(lambda: _read(path, limit))
+    return tried_again(lambda: _read(path, limit))
 
 
 def _read(path: Path | str, limit: int) -> bytes:
@@ -270,23 +271,6 @@ def opened(path: Path | str) -> io.FileIO:
         raise
 
 
-def content(path: Path) -> tuple[bytearray, FileEntry]:
-    """All bytes of a regular file, writable, with the hash of just these bytes."""
-    hasher, at = blake3(), 0
-    handle = fs.system.open(path, _READ)
-    try:
-        buffer = bytearray(_regular(handle, path))
-        view = memoryview(buffer)
-        while at < len(buffer) and (count := fs.system.read_into(handle, view[at : at + BLOCK])):
-            hasher.update(view[at : at + count])
-            at += count
-    finally:
-        fs.system.close(handle)
-    if at != len(buffer):
-        raise OSError(5, f"only {at} of {len(buffer)} bytes could be read", os.fspath(path))
-    return buffer, FileEntry(size=at, blake3=hasher.hexdigest())
-
-
 def _regular(handle: int, path: Path | str) -> int:
     """Bytes of an open file. Raises OSError if it is anything else."""
     status = os.fstat(handle)
@@ -306,7 +290,7 @@ def size(path: Path | str) -> int | None:
 
 def digest(path: Path) -> FileEntry:
     """Size and hash of a regular file as it is on disk now."""
-    return _tried_again(lambda: _digest(path))
+    return tried_again(lambda: _digest(path))
 
 
 def _digest(path: Path) -> FileEntry:

@@ -132,6 +132,9 @@ class Faulty(FileSystem):
     def read_into(self, handle: int, buffer: memoryview) -> int:
         return int(self._call("read_into", False, super().read_into, handle, buffer))
 
+    def read_at(self, handle: int, buffer: memoryview, at: int) -> int:
+        return int(self._call("read_at", False, super().read_at, handle, buffer, at))
+
     def status(self, path: AnyPath) -> os.stat_result:
         found: os.stat_result = self._call("status", False, super().status, path)
         return found

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lastgood.errors import CorruptCheckpoint, UsageError
-from lastgood.format.tensors import decode
+from lastgood.format.digests import digests
+from lastgood.format.tensors import decode, read_header
 from lastgood.model import FileEntry
 from lastgood.state import tree
-from lastgood.state.tensors import from_bytes
-from lastgood.store import local
+from lastgood.state.stored import Stored
+from lastgood.state.tensors import digest, from_bytes
+from lastgood.store import contents
 
 SCALED = ("float8", "float4")
 """Beginnings of the names of dtypes whose values mean something only together with their scales: never converted."""
@@ -44,17 +46,39 @@ def load(
     return {name: tensor for name, tensor in found.items() if name not in rest} | extra
 
 
-def _verified(path: Path, entry: FileEntry) -> bytearray:
+def one(path: Path, name: str, entry: FileEntry | None, known: Collection[str] = ()) -> torch.Tensor:
+    """A tensor of a file, whose other bytes are read only if none of `known` is its digest. entry None: unproven.
+
+    Raises CorruptCheckpoint for one that isn't what was saved.
+    """
     try:
-        buffer, is_now = local.content(path)
+        slot = read_header(path).slots[name]
+        found = Stored(path, name, slot, "").tensor()
+        if entry is None or digest(found) in known:
+            return found
+        whole, inside = digests(path)
+    except OSError as error:
+        raise CorruptCheckpoint(f"{path} can't be read: {error.strerror or error}") from error
+    if whole != entry or name not in inside or inside[name].digest != digest(found):
+        raise _damaged(path)
+    return found
+
+
+def _verified(path: Path, entry: FileEntry) -> memoryview:
+    try:
+        buffer, is_now = contents.content(path)
     except OSError as error:
         raise CorruptCheckpoint(f"{path} can't be read: {error.strerror or error}") from error
     if is_now != entry:
-        raise CorruptCheckpoint(
-            f"the content of {path} is not what was saved (hash differs); nothing was loaded",
-            hint="`lastgood verify --full` says which checkpoints are good",
-        )
+        raise _damaged(path)
     return buffer
+
+
+def _damaged(path: Path) -> CorruptCheckpoint:
+    return CorruptCheckpoint(
+        f"the content of {path} is not what was saved (hash differs); nothing was loaded",
+        hint="`lastgood verify --full` says which checkpoints are good",
+    )
 
 
 def _plain(tensor: torch.Tensor) -> bool:

@@ -196,14 +196,10 @@ def restore_optimizers(
     lines = []
     for number, (one, entry) in enumerate(zip(live_optimizers, entries, strict=True)):
         prefix = f"{number}." if number else ""
-        own = {name: t for name, t in tensors.items() if name.startswith(tuple(f"{prefix}{k}." for k in KINDS))}
+        own = {name: t.clone() for name, t in tensors.items() if name.startswith(optimizer.beginnings(prefix))}
         optimizer.restore(one, live, entry, own)
         lines.append(("optimizer", f"{entry['class'].rpartition('.')[2]}, {len(entry['state'])} parameters"))
     return lines
-
-
-KINDS = ("state", "group", "rest")
-"""What the names of an optimizer's tensors begin with."""
 
 
 def wake_averaging(

@@ -26,11 +26,13 @@ from lastgood.manager import Manager
 from lastgood.model import Record, finite
 from lastgood.occasions import Occasions
 from lastgood.redact import masked
+from lastgood.repo.held import Held
 from lastgood.report import Report
 from lastgood.state import facts, rng
 from lastgood.state.finite import not_finite
 from lastgood.state.match import Match
 from lastgood.state.recorder import Recorder
+from lastgood.state.saved import Saved
 from lastgood.talk import say, warn
 from lastgood.target import Fresh, resolve
 
@@ -139,6 +141,12 @@ class CheckpointManager:
         if self.options.init is not None:
             origin, told = restoring.init(self, Path(self.options.init), match)
             say(f"a new run with the weights of {self.options.init}: {told}")
+        empty = [name for item in self.parts if isinstance(item, Model) for name in item.empty]
+        if empty:
+            raise UsageError(
+                f"{empty[0]} is on the meta device, and there is no checkpoint to take its values from",
+                hint="a fresh start needs a model with values: model.to_empty(device='cpu') and its own initialisation",
+            )
         self._run.begin_fresh()
         return origin
 
@@ -259,8 +267,9 @@ class CheckpointManager:
 
     def load_best(self) -> Record:
         """Load the models of the best checkpoint into this run's, verified. Raises NoCheckpoint if there is none."""
-        found = self._run.find("best", full=False)
-        restoring.weights(self, self._run.root / found.record.name, found.record)
+        held = Held(state=False)
+        found = self._run.find("best", full=False, held=held)
+        restoring.weights(self, Saved(self._run.root / found.record.name, found.record, held))
         say(f"loaded the best model: {found.record.name}")
         return found.record
 

@@ -15,6 +15,7 @@ from lastgood.integrations.torch.stamp import Stamp
 from lastgood.state import tree, weights
 from lastgood.state.fingerprint import live_tensors
 from lastgood.state.match import Match
+from lastgood.state.meta import unfilled
 from lastgood.state.optimizer import clean
 from lastgood.state.partial import by_name
 from lastgood.state.tensors import named
@@ -58,7 +59,12 @@ class Model:
     def live(self) -> dict[str, torch.Tensor]:
         """Every parameter and buffer, under the name that optimizers' states use."""
         prefix = "" if self.name == "model" else f"{self.name}."
-        return {prefix + name: tensor for name, tensor in live_tensors(self.module).items()}
+        return {prefix + name: tensor for name, tensor in {**live_tensors(self.module), **self.empty}.items()}
+
+    @property
+    def empty(self) -> dict[str, torch.Tensor]:
+        """Those without memory: the model was built on the meta device, and nothing was restored yet."""
+        return unfilled(self.module)
 
     def estimate(self) -> int:
         adapter = hasattr(self.module, "peft_config")
@@ -163,6 +169,8 @@ class Model:
             self.module,
             about["tensors"],
             load,
+            stored=[item for file in files for item in source.saved.stored(file)],
+            empty=self.empty,
             allow_base="base_model" in source.allow,
             unstored=about.get("unstored", ()),
         )
@@ -176,6 +184,11 @@ class Model:
         return ready
 
     def _ready_by_name(self, expected: Mapping[str, str], saved: dict[str, torch.Tensor], match: Match) -> Ready:
+        if self.empty:
+            raise NotSupported(
+                f"{self.name} is on the meta device, and tensors may differ from the checkpoint's",
+                hint="build it on the CPU to restore with rename=, new=, gone= or cast=",
+            )
         plan = by_name(self.module, expected, saved, match, self.name)
 
         def ready() -> str:

@@ -103,8 +103,7 @@ class Optimizer:
             models = [name for name in source.saved.digests.get("modules", {}) if name != "model"]
             saved = optimizers.renamed(self.optimizer, source.live, saved, source.match, models)
         optimizers.fits(self.optimizer, source.live, saved)
-        own = tuple(self._prefix + word for word in ("state.", "group.", "rest"))
-        tensors = {name: tensor for name, tensor in source.saved.tensors.items() if name.startswith(own)}
+        tensors = source.saved.given(optimizers.beginnings(self._prefix))
 
         def ready() -> str:
             optimizers.restore(self.optimizer, source.live, saved, tensors)

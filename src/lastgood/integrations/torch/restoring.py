@@ -30,7 +30,7 @@ def restore(manager: CheckpointManager, target: Target, match: Match) -> tuple[R
             f"{target.path} was written by another tool: a loop can't go on from it",
             hint="begin a new run with its weights: load them into the model before CheckpointManager is made",
         )
-    saved = Saved(target.path, record)
+    saved = Saved(target.path, record, target.held)
     resume, allow = saved.resume, manager.options.allow_missing
     step = record.step
     if resume and resume["progress"].get("front") != "loop":
@@ -130,9 +130,10 @@ def _arguments(saved: Any, now: Any) -> list[Change]:
     ]
 
 
-def weights(manager: CheckpointManager, path: Path, record: Record, match: Match | None = None) -> list[str]:
+def weights(manager: CheckpointManager, saved: Saved, match: Match | None = None) -> list[str]:
     """Put the models back and nothing else; returns a line for each."""
-    source = Reading(Saved(path, record), {}, manager.options.allow_missing, match or Match())
+    path, record = saved.path, saved.record
+    source = Reading(saved, {}, manager.options.allow_missing, match or Match())
     models = [part for part in manager.parts if isinstance(part, Model)]
     ready = [(part, part.prepare(source)) for part in models]
     told = [f"{part.name}: {_applied(part.name, apply, record)}" for part, apply in ready if apply is not None]
@@ -149,7 +150,7 @@ def init(manager: CheckpointManager, path: Path, match: Match) -> tuple[str, str
             f"{path} has no manifest, so nothing says what its weights should be",
             hint="`lastgood adopt` gives a stock Trainer's checkpoint one; or load the weights yourself",
         )
-    told = weights(manager, target.path, target.record, match)
+    told = weights(manager, Saved(target.path, target.record, target.held), match)
     record = target.record
     manager._facts["init"] = {
         "run": record.manifest.run if record.manifest is not None else "",

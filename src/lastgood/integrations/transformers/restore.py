@@ -31,24 +31,31 @@ class Source(Saved):
         """Every parameter and buffer of `model`, proven by digest."""
         expected, unstored = self.digests["tensors"], self.digests.get("unstored", ())
         base = "base_model" in self.allow
-        counts = weights.restore(model, expected, self._saved_weights, allow_base=base, unstored=unstored)
+        stored = [item for name in self._weight_files for item in self.stored(name)]
+        counts = weights.restore(
+            model, expected, self._saved_weights, stored=stored, allow_base=base, unstored=unstored
+        )
         detail = ", ".join(f"{number} {how}" for how, number in counts.items() if number)
         self.restored.append(("model", f"all {sum(counts.values())} tensors proven ({detail})"))
 
+    @property
+    def _weight_files(self) -> list[str]:
+        return [name for name in self.parts["model"] if name.endswith(".safetensors")]
+
     def _saved_weights(self) -> dict[str, torch.Tensor]:
         found: dict[str, torch.Tensor] = {}
-        for name in self.parts["model"]:
-            if name.endswith(".safetensors"):
-                # Conversions go by the names in the model's own files. Elsewhere (two adapters, live tensors
-                # beside converted ones) the same name may come twice, and digests find either.
-                prefix = "" if name.startswith("model") else f"{name}/"
-                for key, tensor in self.load(name).items():
-                    found[prefix + key] = tensor
+        for name in self._weight_files:
+            # Conversions go by the names in the model's own files. Elsewhere (two adapters, live tensors
+            # beside converted ones) the same name may come twice, and digests find either.
+            prefix = "" if name.startswith("model") else f"{name}/"
+            for key, tensor in self.load(name).items():
+                found[prefix + key] = tensor
         return found
 
     def optimizer(self, trainer: Any) -> None:
         if self._has("optimizer"):
-            optimizer.restore(trainer.optimizer, live_tensors(trainer.model), self.resume["optimizer"], self.tensors)
+            own = self.given(optimizer.beginnings())
+            optimizer.restore(trainer.optimizer, live_tensors(trainer.model), self.resume["optimizer"], own)
             kind = self.resume["optimizer"]["class"].rpartition(".")[2]
             self.restored.append(("optimizer", f"{kind}, {len(self.resume['optimizer']['state'])} parameters"))
 

@@ -25,6 +25,7 @@ from lastgood.manager import Manager
 from lastgood.model import Record, finite
 from lastgood.occasions import Occasions
 from lastgood.repo import after, journal
+from lastgood.repo.held import Held
 from lastgood.report import Change, Report
 from lastgood.state import facts, rng
 from lastgood.state.data import Position, Tracker
@@ -147,9 +148,10 @@ class Session:
         target = self.target
         if target is None or os.fspath(target.path) != os.fspath(path) or target.record is None or target.record.layout:
             return False
-        self.source = Source(target.path, target.record, allow=self.options.allow_missing)
+        self.source = Source(target.path, target.record, target.held, allow=self.options.allow_missing)
         # Before the first tensor changes: a checkpoint that can't be restored as a whole isn't restored in part.
         self.source.require("optimizer", "scheduler", "rng", "progress")
+        _ = self.source.tensors  # read and hashed, if its verification hasn't done so
         self.source.weights(model)
         return True
 
@@ -202,6 +204,7 @@ class Session:
             self.source.extras(self.trainer)
         if self.target is not None:
             self._report()
+            self.target.held.clear()
             if self.source is not None:
                 self.source.done()
         if self.proving is None and not self.finished and not self.planned:
@@ -367,8 +370,9 @@ class Session:
         if monitor is None or mode is None:
             warn("load_best_model_at_end: no metric says which checkpoint is the best; the last weights stay")
             return
+        held = Held(state=False)
         try:
-            found = self.live.find("best", full=False)
+            found = self.live.find("best", full=False, held=held)
         except NoCheckpoint as error:
             warn(f"load_best_model_at_end: {error}\n  the last weights stay")
             return
@@ -376,7 +380,7 @@ class Session:
             if name in found.damaged:
                 warn(f"load_best_model_at_end passed over {name}: {reason}")
         record = found.record
-        Source(self.live.root / record.name, record, allow=self.options.allow_missing).weights(model)
+        Source(self.live.root / record.name, record, held, allow=self.options.allow_missing).weights(model)
         score = ranking.metric_of(record, monitor)
         say(f"loaded the best model: {record.name} ({monitor} = {score})")
         if state.best_global_step not in (None, record.step) and state.best_metric != score:
