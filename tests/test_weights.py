@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from lastgood.errors import CorruptCheckpoint, Incompatible, NotSupported, UsageError
 from lastgood.format import tensors as format_tensors
-from lastgood.state.tensors import CODE_OF, same_bits, to_bytes
+from lastgood.state.tensors import CODE_OF, digest, same_bits, to_bytes
 from lastgood.weights.average import average, ema, equal
 from lastgood.weights.cast import cast
 from lastgood.weights.compare import compare, group_of, groups
@@ -357,3 +357,16 @@ def test_buffers_that_a_model_computes_may_come_and_go_between_versions() -> Non
         weights.restore(built(""), expected, dict)
     with pytest.raises(Incompatible, match="other"):
         weights.restore(built("other", kept=True), expected, dict, unstored=["mask"])
+
+
+def test_a_forked_process_hashes_large_tensors_although_its_parent_has_done_so(tmp_path: Path) -> None:
+    """A training that a notebook starts by fork used to wait for ever for threads that weren't forked with it."""
+    import forked
+
+    large = torch.arange(1 << 21)
+    expected = digest(large)
+
+    def child() -> None:
+        assert digest(large) == expected
+
+    assert forked.run(child, log=tmp_path / "log") == 0, (tmp_path / "log").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,12 @@ LENGTH = 16
 """Bytes of a tensor's hash: enough that nobody finds two tensors with the same one, half of what a file has."""
 
 
+LARGE = 1 << 20
+"""Bytes (1 MiB) from which on several threads hash a buffer faster than one."""
+
+_HERE = os.getpid()
+
+
 class Place(NamedTuple):
     """Where a tensor is in a file, and the digest of what is there."""
 
@@ -26,6 +33,16 @@ class Place(NamedTuple):
 def signature(dtype: str, shape: Sequence[int]) -> str:
     """`dtype[shape]`, the first half of a digest."""
     return f"{dtype}{list(shape)}"
+
+
+def of(data: memoryview, *, threads: int | None = None) -> str:
+    """The hash of a tensor's bytes. threads: at most so many; None: all cores.
+
+    One alone in a forked process: the others' pool isn't forked with it, and would be waited for for ever.
+    """
+    many = len(data) > LARGE and os.getpid() == _HERE
+    hasher = blake3(data, max_threads=(blake3.AUTO if threads is None else threads) if many else 1)
+    return hasher.hexdigest(length=LENGTH)
 
 
 def digests(path: Path) -> tuple[FileEntry, dict[str, Place]]:

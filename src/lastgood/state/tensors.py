@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from blake3 import blake3
 
 from lastgood.errors import NotSupported
 from lastgood.format import digests
@@ -54,9 +53,7 @@ def window(tensor: torch.Tensor) -> memoryview:
 
 def digest(tensor: torch.Tensor, name: str = "") -> str:
     """`dtype[shape]:hash` of the values: two tensors with the same digest hold the same bits."""
-    entry = to_bytes(name, tensor)
-    hasher = blake3(entry.data, max_threads=blake3.AUTO) if len(entry.data) > 1 << 20 else blake3(entry.data)
-    return f"{signature(tensor)}:{hasher.hexdigest(length=digests.LENGTH)}"
+    return f"{signature(tensor)}:{digests.of(to_bytes(name, tensor).data)}"
 
 
 def signature(tensor: torch.Tensor) -> str:
