@@ -165,9 +165,14 @@ def _status(operation: Operation, root: Path) -> None:
 
 
 def again(calls: list[tracer.Call]) -> str:
-    """I5: a file whose fsync failed isn't asked again; what it holds is unknown from then on."""
+    """I5: a file whose fsync failed isn't asked again; what it holds is unknown from then on.
+
+    Another file that gets the name of one that was removed is asked for itself.
+    """
     failed: set[tuple[str, ...]] = set()
     for call in calls:
+        if call.name in ("unlink", "unlinkat") and call.result == 0:
+            failed.discard(call.paths)
         if call.name in ("fsync", "fdatasync"):
             if call.paths in failed and call.paths[0]:
                 return f"I5: {call} was tried again after it had failed"
