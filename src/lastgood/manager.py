@@ -8,36 +8,25 @@ that fails leaves every earlier checkpoint as it was.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from lastgood import policy
-from lastgood.errors import (
-    LastgoodError,
-    NoCheckpoint,
-    NotEnoughSpace,
-    NotSupported,
-    RunLocked,
-    SaveFailed,
-    UsageError,
-)
+from lastgood.errors import LastgoodError, NoCheckpoint, NotEnoughSpace, NotSupported, RunLocked, SaveFailed
+from lastgood.finding import Check, find
+from lastgood.holding import Holding
 from lastgood.model import Head, Record, Span, extend, next_seq
 from lastgood.policy import Keep
-from lastgood.recovery import LOST_HEAD, UNADOPTED, Found, first_good, in_order
+from lastgood.recovery import Found
 from lastgood.repo import free, gc, journal, layout, leases, metrics, poison, verify
 from lastgood.repo.commit import commit
-from lastgood.repo.lock import RunLock
 from lastgood.repo.protect import protected
 from lastgood.repo.quarantine import carries, quarantine
-from lastgood.repo.read import records
 from lastgood.repo.run import forget_head, lost_head, read_head, read_run, start_run, write_head, write_policy
 from lastgood.repo.space import OnFull, Space
 from lastgood.repo.staging import Staging, failure, lacked_room, open_staging
 from lastgood.room import SPARE
-from lastgood.store import local
 from lastgood.talk import say, warn
 
 RESERVE = SPARE.bytes
@@ -45,7 +34,7 @@ RESERVE = SPARE.bytes
 
 
 @dataclass(slots=True)
-class Manager:
+class Manager(Holding):
     """The writer of one run directory. `begin_fresh` or `begin_from` first, `close` last.
 
     on_full: what becomes of a save that finds no room, whatever on_error says of other failures: it is left out with a
@@ -53,75 +42,20 @@ class Manager:
     None: as on_error says.
     """
 
-    root: Path
     keep: Keep = field(default_factory=Keep)
     on_error: Literal["warn", "raise"] = "warn"
     on_full: OnFull | None = None
-    verify: Literal["full", "quick"] = "full"
-    run: str = ""
+    verify: Check = "full"
     lineage: tuple[Span, ...] = ()
     next: int = 1  # number of the next save
     parent: str | None = None
     failures: int = 0
     saved: dict[int, Record] = field(default_factory=dict)  # by step, of this process
-    space: Space = field(init=False)
-    _lock: RunLock | None = None
-    _sightings: leases.Sightings = field(default_factory=leases.Sightings)
 
     def __post_init__(self) -> None:
         self.space = Space(self.root, self.on_full)
 
     # ---- life of a run -------------------------------------------------------------------
-
-    def open(self, *, takeover: bool = False) -> None:
-        """Become the only writer.
-
-        Raises RunLocked (somebody else is), SaveFailed (the directory isn't writable) or UsageError (it is inside a
-        checkpoint).
-        """
-        inside = next((p for p in (self.root, *self.root.absolute().parents) if layout.is_checkpoint(p)), None)
-        if inside is not None:
-            raise UsageError(
-                f"{self.root} lies in the checkpoint {inside}, which retention may delete",
-                hint="choose a directory of its own for this run",
-            )
-        try:
-            with self._usable():
-                layout.own(self.root)
-                local.make_dirs(self.root / layout.HIDDEN)
-                lock = RunLock(self.root)
-                lock.acquire(takeover=takeover)
-                self._lock, self.space.root = lock, lock.door
-                with self._fenced():
-                    gc.sweep(self.door, self._sightings)
-                    self._recover_identity()
-        except OSError:
-            if self._lock is not None:  # who can't write to the run doesn't keep others from it
-                self._lock.release()
-                self._lock, self.space.root = None, self.root
-            raise
-
-    @contextmanager
-    def _usable(self) -> Iterator[None]:
-        """A run can't begin on a disk that fails: SaveFailed instead of a bare OSError."""
-        try:
-            yield
-        except OSError as error:
-            if isinstance(error, LastgoodError):
-                raise
-            raise SaveFailed(
-                f"{self.root} can't be used for checkpoints: {error.strerror or error}",
-                hint="choose an output_dir that exists on a writable disk and belongs to you",
-            ) from error
-
-    def _recover_identity(self) -> None:
-        """A lost run.json must not make the run's own checkpoints foreign: their manifests name the run too."""
-        if read_run(self.root, sure=True) is not None:
-            return
-        runs = {record.manifest.run for record in self.records() if record.manifest is not None}
-        if len(runs) == 1:
-            start_run(self.door, runs.pop())
-            warn(f"{self.root} had no readable run.json; the run was recognised by its checkpoints")
 
     def begin_fresh(self) -> None:
         """A new run: checkpoints that are already in the directory become foreign and are never touched.
@@ -156,26 +90,6 @@ class Manager:
             write_policy(self.door, self.keep.options())
             self.space.begin(manifest)
             journal.append(self.door, "resumed", step=record.step, id=record.id, left=[r.name for r in left])
-
-    def close(self, event: str = "closed", **facts: str) -> None:
-        """Give the run back. Safe to call twice. facts: for the journal, beside the event."""
-        if self._lock is not None:
-            journal.append(self.door, event, run=self.run, **facts)
-            self._lock.release()
-            self._lock, self.space.root = None, self.root
-
-    @property
-    def door(self) -> Path:
-        """The run's directory for whatever changes something in it: calls fail after another process took over."""
-        return self.root if self._lock is None else self._lock.door
-
-    def records(self) -> tuple[Record, ...]:
-        """The checkpoints of the directory as they are now. Raises Unreadable if the system can't look just now."""
-        return records(self.root, sure=True)
-
-    def seen(self) -> tuple[Record, ...]:
-        """The same for what no resume and no deletion rests on: what can't be read just now must not end a training."""
-        return records(self.root)
 
     # ---- saving --------------------------------------------------------------------------
 
@@ -292,32 +206,6 @@ class Manager:
             journal.append(self.door, "poisoned", step=record.step, id=record.id, reason=reason)
         return tuple(sick)
 
-    @contextmanager
-    def _fenced(self) -> Iterator[None]:
-        """What fails inside because another process took over is RunLocked, and so is what nobody noticed."""
-        try:
-            yield
-        except OSError:
-            self._unless_taken()
-            raise
-        self._still_ours()
-
-    def _unless_taken(self) -> None:
-        """After an error: a takeover may be its cause. Where that can't be told, the error speaks for itself."""
-        with suppress(OSError):
-            self._still_ours()
-
-    def _told(self, error: Exception) -> str:
-        """An error without the detour that its path takes through the fence."""
-        return str(error).replace(f"{self.door}", f"{self.root}")
-
-    def _still_ours(self) -> None:
-        if self._lock is not None and not self._lock.still_held():
-            raise RunLocked(
-                f"another process took over {self.root}; this one must not write to it any more",
-                hint="stop this process; its checkpoints so far are intact",
-            )
-
     def _failed(self, step: int, error: BaseException) -> None:
         self.failures += 1
         fatal = isinstance(error, (RunLocked, NotSupported)) or not isinstance(error, Exception)
@@ -342,39 +230,8 @@ class Manager:
     # ---- finding -------------------------------------------------------------------------
 
     def find(self, what: Literal["last", "best"] | int, *, full: bool = True) -> Found:
-        """The checkpoint to resume from (full) or to load (the weights are enough), verified.
-
-        "last" and "best" fall back to the next one when one fails verification; a step does not.
-        Raises NoCheckpoint, with a line for each that was passed over, when none is left.
-        """
-        everything = self.records()
-        monitor, mode = self.keep.primary
-        if not isinstance(what, int) and (lost := lost_head(self.root)):
-            raise NoCheckpoint(lost, hint=LOST_HEAD)
-        skipped = [(r.name, r.problem or r.state) for r in everything if r.state in ("incomplete", "foreign")]
-        damaged = [r.name for r in everything if r.state == "incomplete"]
-        choice = first_good(
-            in_order(everything, what, monitor=monitor, mode=mode),
-            lambda record: verify.problems(self.root, record, full=self.verify == "full", sure=True),
-            weights="holds the weights alone" if full else "",
-            fall_back=not isinstance(what, int),
-        )
-        skipped += choice.skipped
-        if choice.record is not None:
-            record = choice.record
-            if what == "last":
-                skipped += [(r.name, UNADOPTED) for r in everything if r.state == "stock" and r.step > record.step]
-            return Found(record, tuple(skipped), (*damaged, *choice.damaged))
-        if isinstance(what, int):
-            aside = [r.name for r in everything if r.step == what and r.ours and not r.current and r.state == "full"]
-            skipped += [(name, f"another branch left {name}: its path resumes from it") for name in aside]
-            skipped += [(r.name, UNADOPTED) for r in everything if r.state == "stock" and r.step == what]
-        listing = "".join(f"\n  {name}: {reason}" for name, reason in skipped)
-        raise NoCheckpoint(
-            f"{self.root} has no good checkpoint for {what!r}{listing}",
-            hint="resume_from_checkpoint='auto' takes the newest good one, False starts afresh"
-            + ("; a poisoned one is taken if its step or path is named" if any(r.poisoned for r in everything) else ""),
-        )
+        """The checkpoint to resume from (full) or to load (the weights are enough): see `finding.find`."""
+        return find(self.root, self.records(), what, keep=self.keep, check=self.verify, full=full)
 
     def quarantine(self, names: tuple[str, ...]) -> None:
         """Move checkpoints of this run that failed verification out of the way; their bytes are kept for a look.
