@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from blake3 import blake3
@@ -46,9 +46,13 @@ def from_bytes(entry: Tensor) -> torch.Tensor:
 
 def digest(tensor: torch.Tensor, name: str = "") -> str:
     """`dtype[shape]:hash` of the values: two tensors with the same digest hold the same bits."""
-    entry = to_bytes(name, tensor)
-    hasher = blake3(entry.data, max_threads=blake3.AUTO) if len(entry.data) > 1 << 20 else blake3(entry.data)
-    return f"{signature(tensor)}:{hasher.hexdigest(length=16)}"
+    return digest_of(to_bytes(name, tensor), threads=blake3.AUTO)
+
+
+def digest_of(entry: Tensor, *, threads: int = 1) -> str:
+    """The same of what is in a file. threads: for large ones; blake3.AUTO: as many as there are cores."""
+    hasher = blake3(entry.data, max_threads=threads) if len(entry.data) > 1 << 20 else blake3(entry.data)
+    return f"{entry.dtype}{list(entry.shape)}:{hasher.hexdigest(length=16)}"
 
 
 def signature(tensor: torch.Tensor) -> str:
@@ -64,6 +68,6 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     return torch.equal(mine, right.detach().cpu().contiguous().reshape(-1).view(torch.uint8))
 
 
-def named(tensors: Mapping[str, torch.Tensor]) -> list[Tensor]:
-    """Entries in the order given."""
-    return [to_bytes(name, tensor) for name, tensor in tensors.items()]
+def named(tensors: Mapping[str, torch.Tensor]) -> Iterator[Tensor]:
+    """Entries in the order given, one at a time: what has to be brought from a device isn't all there at once."""
+    return (to_bytes(name, tensor) for name, tensor in tensors.items())

@@ -141,7 +141,11 @@ def at_once(act: Callable[[S], T], items: Iterable[S], *, limit: int = 4) -> lis
     from concurrent.futures import ThreadPoolExecutor  # what only looks starts faster without
 
     with ThreadPoolExecutor(max_workers=workers) as pool:
-        return list(pool.map(act, items))
+        try:
+            found = pool.map(act, items)
+        except RuntimeError:  # the interpreter is ending, and starts no thread any more
+            return [act(item) for item in items]
+        return list(found)
 
 
 def sync_dir(path: Path) -> None:
