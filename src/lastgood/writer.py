@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
+from lastgood.talk import warn
+
 NICE = 5
 """How much lower its priority is (Linux): where training uses every core, the writer takes what is left over."""
 PATIENCE = 60.0
@@ -131,4 +133,7 @@ _living: weakref.WeakSet[Writer] = weakref.WeakSet()
 def _drain() -> None:
     """A program that ends without close(): what is in memory still becomes a checkpoint."""
     for writer in list(_living):
-        writer.end()
+        if not writer.end():
+            warn("the disk hangs: the save under way is given up, earlier checkpoints are intact")
+        while (error := writer.take()) is not None:
+            warn(f"NO CHECKPOINT: {error}\n  earlier ones are intact")
