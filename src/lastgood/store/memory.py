@@ -54,7 +54,7 @@ class Arena:
 
     def take(self, count: int) -> memoryview:
         """So many bytes, writable, until the next `reset`. Raises Short."""
-        size = -(-count // ALIGN) * ALIGN
+        size = -(-max(count, 1) // ALIGN) * ALIGN
         block = next((b for b in self._blocks if len(b.memory) - b.used >= size), None) or self._grow(size)
         begin = block.used
         block.used += size
@@ -78,26 +78,30 @@ class Arena:
         self.used, self._blocks = 0, []
 
     def _grow(self, count: int) -> _Block:
-        size = -(-max(count, BLOCK) // BLOCK) * BLOCK
-        if self.budget is not None:
-            room: float | None = self.budget - self.held
-        else:
-            free = available()
-            room = None if free is None else free * 3 / 4
-        if room is not None and size > room and count <= room:
-            size = -(-count // mmap.PAGESIZE) * mmap.PAGESIZE  # a small budget isn't lost to rounding
+        least, room = -(-count // mmap.PAGESIZE) * mmap.PAGESIZE, self._room()
+        if room is not None and least > room:  # what is held in pieces that are too small goes first
+            self._blocks = [block for block in self._blocks if block.used]
+            room = self._room()
+        size = max(least, -(-count // BLOCK) * BLOCK)
+        if room is not None and size > room:
+            size = max(least, int(room) // mmap.PAGESIZE * mmap.PAGESIZE)
         if room is not None and size > room:
             raise Short
         try:
-            memory = (
-                mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) if _PRIVATE else mmap.mmap(-1, size)
-            )
+            memory = mmap.mmap(-1, size, **_PRIVATE)
         except (OSError, ValueError, OverflowError, MemoryError):
             raise Short from None
         _fault_in(memory)
         block = _Block(memory)
         self._blocks.append(block)
         return block
+
+    def _room(self) -> float | None:
+        """Bytes that may still be taken; None: nobody knows."""
+        if self.budget is not None:
+            return self.budget - self.held
+        free = available()
+        return None if free is None else free * 3 / 4
 
 
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
