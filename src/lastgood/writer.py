@@ -16,6 +16,8 @@ NICE = 5
 """How much lower its priority is (Linux): where training uses every core, the writer takes what is left over."""
 PATIENCE = 60.0
 """Seconds that the end of a process waits for the writer, and more for more bytes: a disk may hang for ever."""
+IDLE = 30.0
+"""Seconds without a job after which the thread ends: the next job makes another one."""
 SLOWEST = 10_000_000
 """Bytes a second (10 MB/s): what is slower than that counts as a disk that hangs."""
 
@@ -105,10 +107,9 @@ class Writer:
         while True:
             with self._changed:
                 while not self._jobs:
-                    if self._stopping:
+                    if self._stopping or not (self._changed.wait(IDLE) or self._jobs):
                         self._thread = None
                         return
-                    self._changed.wait()
                 job = self._jobs.popleft()
                 self._working = True
             self._do(job)
