@@ -25,6 +25,7 @@ from lastgood.repo import journal
 from lastgood.repo.staging import Staging
 from lastgood.store import fs, memory
 
+import forked
 from faults.small import content, stage, steps
 
 
@@ -279,6 +280,20 @@ def test_a_forked_child_leaves_its_parents_save_alone(tmp_path: Path, gate: Gate
     assert made.busy
     gate.open_.set()
     made.close()
+    assert steps(tmp_path) == [1]
+
+
+def test_a_run_that_is_opened_in_a_child_is_written_there(tmp_path: Path) -> None:
+    """As notebooks and launchers do it: made here, opened and trained behind a fork."""
+    made = Manager(root=tmp_path, background=Background())
+
+    def child() -> None:
+        made.open()
+        made.begin_fresh()
+        save(made, 1)
+        made.close()
+
+    assert forked.run(child, log=tmp_path.with_suffix(".log")) == 0
     assert steps(tmp_path) == [1]
 
 

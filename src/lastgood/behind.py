@@ -68,6 +68,11 @@ class Behind(Holding):
     _arena: Arena = field(default_factory=Arena, init=False)
     _announced: bool = field(default=False, init=False)
 
+    def open(self, *, takeover: bool = False) -> None:
+        """Become the only writer, with a thread of this process; see `Holding.open`."""
+        self._writer, self._arena = Writer(), Arena()
+        Holding.open(self, takeover=takeover)
+
     @property
     def busy(self) -> bool:
         """Whether something is still being written, recorded or deleted."""
@@ -86,7 +91,7 @@ class Behind(Holding):
 
     def _then(self, job: Callable[[], object]) -> bool:
         """Whether it is to be done by the writer; then it was handed over."""
-        if self._writer.here or (self.background is None and not self._writer.busy):
+        if self._writer.here or not self._writer.mine or (self.background is None and not self._writer.busy):
             return False
         lock = self._lock
 

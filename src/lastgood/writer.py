@@ -40,9 +40,14 @@ class Writer:
         self._bytes = 0
 
     @property
+    def mine(self) -> bool:
+        """False in a forked child."""
+        return os.getpid() == self._owner
+
+    @property
     def busy(self) -> bool:
         """Whether anything is still to be done."""
-        return os.getpid() == self._owner and (self._working or bool(self._jobs))
+        return self.mine and (self._working or bool(self._jobs))
 
     @property
     def here(self) -> bool:
@@ -51,8 +56,7 @@ class Writer:
 
     def submit(self, job: Callable[[], None], *, size: int = 0) -> None:
         """To be done behind all that was submitted before. size: bytes that it writes, for the patience at the end."""
-        if os.getpid() != self._owner:
-            return
+        assert self.mine, "a forked child has no writer"
         with self._changed:
             self._jobs.append(job)
             self._bytes += size
@@ -94,7 +98,7 @@ class Writer:
 
     def stop(self) -> None:
         """Let the thread end when all is done."""
-        if os.getpid() != self._owner:  # who held the condition when it was forked holds it for ever
+        if not self.mine:  # who held the condition when it was forked holds it for ever
             return
         with self._changed:
             self._stopping = True
