@@ -32,6 +32,7 @@ from lastgood.state import facts, rng
 from lastgood.state.finite import not_finite
 from lastgood.state.match import Match
 from lastgood.state.recorder import Recorder
+from lastgood.state.stream import Once
 from lastgood.talk import say, warn
 from lastgood.target import Fresh, resolve
 
@@ -81,6 +82,7 @@ class CheckpointManager:
         self._metrics = Metrics(self._run)
         self._loss: Any = None
         self._began = 0
+        self._once = Once(None)
         self._ending = False
         self._facts: dict[str, Any] = {}
         self._arguments = {key: masked(key, value) for key, value in (self.options.arguments or {}).items()}
@@ -188,6 +190,7 @@ class CheckpointManager:
         step = counted(step)
         if not before.step <= step < MOST_STEPS:
             raise UsageError(f"step({step!r}) after step({before.step}): steps are counted upwards", hint=_COUNT)
+        self._once.take()  # a loader that begins only now goes on under what the steps since the restore have left
         boundary = self._boundary = Boundary.here(step, self.parts)
         self._heed(step)
         self._loss = loss
