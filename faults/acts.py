@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from lastgood import adoption, policy
+from lastgood.background import Background
 from lastgood.checkout import copy, model_files
 from lastgood.cli.held import held
 from lastgood.manager import Manager
@@ -47,6 +48,25 @@ def save_and_strip(root: Path) -> None:
     made = manager(root, last=3, full=1)
     save(made, 4)
     made.close()
+
+
+def save_behind(root: Path) -> None:
+    """By the thread that writes while training goes on."""
+    _behind(manager(root))
+
+
+def save_and_prune_behind(root: Path) -> None:
+    """And what it deletes."""
+    _behind(manager(root, last=2))
+
+
+def _behind(made: Manager) -> None:
+    made.background = Background()
+    try:
+        save(made, 4)
+        made.settle()
+    finally:
+        made.close()
 
 
 def save_again(root: Path) -> None:

@@ -28,7 +28,9 @@ from faults.acts import (
     recover,
     save_again,
     save_and_prune,
+    save_and_prune_behind,
     save_and_strip,
+    save_behind,
     save_on_a_branch,
     set_aside,
     start_again,
@@ -105,7 +107,7 @@ def _names(root: Path) -> dict[int, tuple[str, ...]]:
 
 LIVE = (
     first_save, next_save, save_and_prune, save_and_strip, save_again, save_on_a_branch, go_back, start_again,
-    recover, note_down, answer,
+    recover, note_down, answer, save_behind, save_and_prune_behind,
 )  # fmt: skip
 """What a training does."""
 
@@ -115,6 +117,8 @@ OPERATIONS: Sequence[Operation] = (
     Operation(next_save, tagged, done=_has(1, 2, 3, 4)),
     Operation(next_save, adopted, floor=4, done=_new(4)),
     Operation(save_and_prune, may_go=frozenset({1, 2}), done=_has(3, 4), lasting=_new(4)),
+    Operation(save_behind, done=_has(1, 2, 3, 4)),
+    Operation(save_and_prune_behind, may_go=frozenset({1, 2}), done=_has(3, 4), lasting=_new(4)),
     Operation(save_and_prune, tagged, may_go=frozenset({2}), done=_has(1, 3, 4), lasting=_new(4)),
     Operation(save_and_strip, may_go=frozenset({1}), done=_full(4), lasting=_new(4)),
     Operation(save_again, done=_has(1, 2, 3, 3)),

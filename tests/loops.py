@@ -400,11 +400,13 @@ def seeded(name: str) -> Recipe:
     return RECIPES[name]()
 
 
-def train(name: str, root: Path, out: Path | None, *, total: int = 9, kill: int = -1, every: int = 2) -> dict[str, Any]:
+def train(
+    name: str, root: Path, out: Path | None, *, total: int = 9, kill: int = -1, every: int = 2, **options: Any
+) -> dict[str, Any]:
     """The loop; SIGKILL in the middle of the step behind `kill`. The digest of everything goes to `out`."""
     recipe = seeded(name)
     losses = []
-    with lastgood.CheckpointManager(root, save_steps=every, **recipe.parts) as ckpt:
+    with lastgood.CheckpointManager(root, save_steps=every, **options, **recipe.parts) as ckpt:
         start = ckpt.restore()
         recipe.begin(ckpt)
         for step in range(start, total):

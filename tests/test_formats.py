@@ -170,7 +170,7 @@ def test_I9_what_needs_pickle_is_refused_at_the_save_with_its_place() -> None:
     with pytest.raises(NotSupported, match=r"scheduler\.a\.1 .*object"):
         tree.encode({"a": [1, object()]}, {}, "scheduler")
     with pytest.raises(NotSupported, match="sparse"):
-        named({"sparse": torch.eye(3).to_sparse()})
+        list(named({"sparse": torch.eye(3).to_sparse()}))
     with pytest.raises(UsageError, match=r"twice|two"):
         safetensors.encode([*named({"a": torch.ones(1)}), *named({"a": torch.ones(1)})])
 

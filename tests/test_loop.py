@@ -44,6 +44,13 @@ def test_I1_I4_killed_and_resumed_is_the_same_to_the_last_bit(name: str, tmp_pat
     assert loops.train(name, tmp_path / "run", None) == expected
 
 
+def test_I1_a_loader_that_had_not_begun_at_the_save(tmp_path: Path) -> None:
+    """It begins first, and the others go on behind it under the generators that it has left."""
+    expected, log = loops.train("three loaders", tmp_path / "whole", None), tmp_path / "log"
+    assert forked.run(loops.train, "three loaders", tmp_path / "run", None, kill=3, log=log) == -9, log.read_text()
+    assert loops.train("three loaders", tmp_path / "run", None) == expected
+
+
 def trained(root: Path, recipe: Recipe, steps: int = 2, **options: Any) -> list[Record]:
     """So many steps with a save at each; what is on disk then."""
     with lastgood.CheckpointManager(root, save_steps=1, on_error="raise", **options, **recipe.parts) as ckpt:

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lastgood.background import Background as Background
     from lastgood.checkpoint import Checkpoint as Checkpoint
     from lastgood.doctor.diagnose import diagnose as diagnose
     from lastgood.doctor.finding import Finding as Finding
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Background": "lastgood.background",
     "Checkpoint": "lastgood.checkpoint",
     "CheckpointManager": "lastgood.integrations.torch.manager",
     "Conflict": "lastgood.errors",

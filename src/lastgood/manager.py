@@ -7,29 +7,22 @@ that fails leaves every earlier checkpoint as it was.
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from lastgood import policy
-from lastgood.errors import (
-    LastgoodError,
-    NoCheckpoint,
-    NotEnoughSpace,
-    NotSupported,
-    RunLocked,
-    SaveFailed,
-    UsageError,
-)
-from lastgood.model import Head, Record, Span, extend, next_seq
+from lastgood.behind import SPENT, Behind, Failed, Save
+from lastgood.errors import LastgoodError, NoCheckpoint, NotEnoughSpace, NotSupported, RunLocked, SaveFailed
+from lastgood.finding import Check, find
+from lastgood.model import FORMAT, Head, Manifest, Record, Span, checkpoint_name, extend, next_seq
 from lastgood.policy import Keep
-from lastgood.recovery import LOST_HEAD, UNADOPTED, Found, first_good, in_order
+from lastgood.recovery import Found
 from lastgood.repo import free, gc, held, journal, layout, leases, metrics, poison, verify
 from lastgood.repo.commit import commit
-from lastgood.repo.lock import RunLock
+from lastgood.repo.draft import Draft, draft
 from lastgood.repo.protect import protected
 from lastgood.repo.quarantine import carries, quarantine
 from lastgood.repo.read import records
@@ -37,7 +30,7 @@ from lastgood.repo.run import forget_head, lost_head, read_head, read_run, start
 from lastgood.repo.space import OnFull, Space
 from lastgood.repo.staging import Staging, failure, lacked_room, open_staging
 from lastgood.room import SPARE
-from lastgood.store import local
+from lastgood.store.memory import Short
 from lastgood.talk import say, warn
 
 RESERVE = SPARE.bytes
@@ -45,7 +38,7 @@ RESERVE = SPARE.bytes
 
 
 @dataclass(slots=True)
-class Manager:
+class Manager(Behind):
     """The writer of one run directory. `begin_fresh` or `begin_from` first, `close` last.
 
     on_full: what becomes of a save that finds no room, whatever on_error says of other failures: it is left out with a
@@ -53,81 +46,26 @@ class Manager:
     None: as on_error says.
     """
 
-    root: Path
     keep: Keep = field(default_factory=Keep)
     on_error: Literal["warn", "raise"] = "warn"
     on_full: OnFull | None = None
-    verify: Literal["full", "quick"] = "full"
-    run: str = ""
+    verify: Check = "full"
     lineage: tuple[Span, ...] = ()
     next: int = 1  # number of the next save
     parent: str | None = None
     failures: int = 0
-    saved: dict[int, Record] = field(default_factory=dict)  # by step, of this process
-    space: Space = field(init=False)
-    _lock: RunLock | None = None
-    _sightings: leases.Sightings = field(default_factory=leases.Sightings)
 
     def __post_init__(self) -> None:
         self.space = Space(self.root, self.on_full)
 
     # ---- life of a run -------------------------------------------------------------------
 
-    def open(self, *, takeover: bool = False) -> None:
-        """Become the only writer.
-
-        Raises RunLocked (somebody else is), SaveFailed (the directory isn't writable) or UsageError (it is inside a
-        checkpoint).
-        """
-        inside = next((p for p in (self.root, *self.root.absolute().parents) if layout.is_checkpoint(p)), None)
-        if inside is not None:
-            raise UsageError(
-                f"{self.root} lies in the checkpoint {inside}, which retention may delete",
-                hint="choose a directory of its own for this run",
-            )
-        try:
-            with self._usable():
-                layout.own(self.root)
-                local.make_dirs(self.root / layout.HIDDEN)
-                lock = RunLock(self.root)
-                lock.acquire(takeover=takeover)
-                self._lock, self.space.root = lock, lock.door
-                with self._fenced():
-                    gc.sweep(self.door, self._sightings)
-                    self._recover_identity()
-        except OSError:
-            if self._lock is not None:  # who can't write to the run doesn't keep others from it
-                self._lock.release()
-                self._lock, self.space.root = None, self.root
-            raise
-
-    @contextmanager
-    def _usable(self) -> Iterator[None]:
-        """A run can't begin on a disk that fails: SaveFailed instead of a bare OSError."""
-        try:
-            yield
-        except OSError as error:
-            if isinstance(error, LastgoodError):
-                raise
-            raise SaveFailed(
-                f"{self.root} can't be used for checkpoints: {error.strerror or error}",
-                hint="choose an output_dir that exists on a writable disk and belongs to you",
-            ) from error
-
-    def _recover_identity(self) -> None:
-        """A lost run.json must not make the run's own checkpoints foreign: their manifests name the run too."""
-        if read_run(self.root, sure=True) is not None:
-            return
-        runs = {record.manifest.run for record in self.records() if record.manifest is not None}
-        if len(runs) == 1:
-            start_run(self.door, runs.pop())
-            warn(f"{self.root} had no readable run.json; the run was recognised by its checkpoints")
-
     def begin_fresh(self) -> None:
         """A new run: checkpoints that are already in the directory become foreign and are never touched.
 
         Raises SaveFailed.
         """
+        self.settle()
         others = [record.name for record in self.records() if record.state != "incomplete"]
         with self._usable(), self._fenced():
             self.run = start_run(self.door)
@@ -141,6 +79,7 @@ class Manager:
         manifest = record.manifest
         if manifest is None:
             raise NoCheckpoint(f"{record.name} has no manifest to continue from")
+        self.settle()
         everything = self.records()
         with self._usable(), self._fenced():
             self.run = manifest.run
@@ -157,26 +96,6 @@ class Manager:
             self.space.begin(manifest)
             journal.append(self.door, "resumed", step=record.step, id=record.id, left=[r.name for r in left])
 
-    def close(self, event: str = "closed", **facts: str) -> None:
-        """Give the run back. Safe to call twice. facts: for the journal, beside the event."""
-        if self._lock is not None:
-            journal.append(self.door, event, run=self.run, **facts)
-            self._lock.release()
-            self._lock, self.space.root = None, self.root
-
-    @property
-    def door(self) -> Path:
-        """The run's directory for whatever changes something in it: calls fail after another process took over."""
-        return self.root if self._lock is None else self._lock.door
-
-    def records(self) -> tuple[Record, ...]:
-        """The checkpoints of the directory as they are now. Raises Unreadable if the system can't look just now."""
-        return records(self.root, sure=True)
-
-    def seen(self) -> tuple[Record, ...]:
-        """The same for what no resume and no deletion rests on: what can't be read just now must not end a training."""
-        return records(self.root)
-
     # ---- saving --------------------------------------------------------------------------
 
     def save(
@@ -188,63 +107,165 @@ class Manager:
         environment: Mapping[str, str],
         arguments: Mapping[str, object],
         facts: Mapping[str, object],
+        now: bool = False,
+        skip: bool = False,
     ) -> Record | None:
         """Commit what `write` stages as the checkpoint of `step`; None if it failed and on_error is "warn".
 
-        estimate: bytes this save will need, to refuse before writing rather than half-way.
+        In the background `write` fills a copy in memory, and what is returned is a record without files: the one that
+        is committed is in `saved` once `settle` has returned. now: before this returns, all the same.
+        estimate: bytes this save will need, to refuse before writing rather than half-way. skip: it may be left out
+        where the last one is still being written, if that was chosen.
         """
-        started, patience = time.perf_counter(), free.Patience(self.space.leaving)
+        started = time.perf_counter()
+        if skip and self._skips(step):
+            return None
+        self.settle()
+        save = Save(step, started, dict(environment), dict(arguments), copy.deepcopy(dict(facts)))
+        patience, behind = free.Patience(self.space.leaving), not now and self.background is not None
         staging: Staging | None = None
         while True:
             try:
                 self._still_ours()
-                lineage = extend(self.lineage, self.next)
+                save.lineage = extend(self.lineage, self.next)
                 self.space.prepare(
-                    estimate, step, keep=self.keep, run=self.run, lineage=lineage, facts=facts,
+                    estimate, step, keep=self.keep, run=self.run, lineage=save.lineage, facts=facts,
                     sightings=self._sightings,
                 )  # fmt: skip
                 staging = open_staging(self.root)
+                if behind and self.background is not None:
+                    self._arena.budget = self.background.budget
+                    staging = draft(staging, self._arena)
+                    self._arena.ready(estimate)
                 write(staging)
                 self._still_ours()
-                seq, self.next = self.next, self.next + 1
-                record = commit(
-                    self.door,
-                    staging,
-                    run=self.run,
-                    step=step,
-                    seq=seq,
-                    lineage=lineage,
-                    parent=self.parent,
-                    created=time.time(),
-                    environment=dict(environment),
-                    arguments=dict(arguments),
-                    facts=dict(facts),
-                )
-                break
-            except BaseException as error:
-                lack = lacked_room(self.root, error)  # as long as what was written is still there
+                save.seq, self.next = self.next, self.next + 1
+                save.door, save.lock = self.door, self._lock
+                if isinstance(staging, Draft):
+                    return self._hand_over(staging, save, estimate)
+                return self._publish(staging, save)
+            except Short:
+                behind = False
+                self._short(estimate)
                 if staging is not None:
-                    if lack is not None:
-                        self.space.learn(staging)
                     staging.discard()
                     staging = None
+            except BaseException as error:
+                lack = self._undo(staging, error)
+                staging = None
                 if lack is not None and self.space.wait(estimate, step, lack, patience):
                     continue
                 self._failed(step, lack or error)
                 return None
+
+    def settle(self) -> None:
+        """Wait until all that was handed over is on the disk. What failed meanwhile is told, see `heed`."""
+        self._drained()
+        self.heed()
+
+    def heed(self) -> None:
+        """Tell what failed behind training's back, once: by on_error and on_full, as if it had failed here.
+
+        Raises SaveFailed or whatever a save would have.
+        """
+        if self._writer.here:
+            return
+        while (raised := self._writer.take()) is not None:
+            if isinstance(raised, Failed):
+                self._failed(raised.step, raised.error)
+            else:
+                self._failed(max(self.saved, default=0), raised)
+
+    def _hand_over(self, staging: Draft, save: Save, estimate: int) -> Record:
+        """The rest is the writer's; a record of what will be there."""
+        parts = {part: tuple(names) for part, names in staging.parts.items()}
+        coming = Manifest(
+            format=FORMAT, id=staging.id, run=self.run, step=save.step, seq=save.seq, lineage=save.lineage,
+            parent=self.parent, parts=parts, facts=save.facts,
+        )  # fmt: skip
+        record = Record(
+            name=checkpoint_name(save.step), step=save.step, manifest=coming,
+            state="full" if coming.full else "weights", poisoned=poison.reason(coming, {}),
+        )  # fmt: skip
+        before, self.saved[save.step] = self.saved.get(save.step), record
+        self._under_way, self._hurry = save.step, False
+        save.copy, save.stall = staging.seconds.get("copy", 0.0), time.perf_counter() - save.started
+        self._writer.submit(lambda: self._write(staging, save, estimate, before), size=staging.arena.used)
+        return record
+
+    def _write(self, made: Draft, save: Save, estimate: int, before: Record | None) -> None:
+        """What the writer does of a save."""
+        patience = free.Patience(lambda: self._hurry or not self.space.patient)
+        while True:
+            staging: Staging | None = None
+            try:
+                staging = made.opened()
+                made.write(staging)
+                if self._lock is not save.lock:
+                    raise SaveFailed(f"the run was closed before step {save.step} was written")
+                self._still_ours()
+                self._publish(staging, save)
+                self._under_way = None
+                return
+            except BaseException as error:
+                lack = self._undo(staging, error)
+                if lack is not None and self.space.wait(estimate, save.step, lack, patience):
+                    continue
+                self._under_way = None
+                if before is None:
+                    self.saved.pop(save.step, None)
+                else:
+                    self.saved[save.step] = before
+                raise Failed(save.step, lack or error) from error
+
+    def _undo(self, staging: Staging | None, error: BaseException) -> NotEnoughSpace | None:
+        """Remove what was written of a save; the lack of room, if that was the reason."""
+        lack = lacked_room(self.root, error)  # as long as what was written is still there
+        if staging is not None:
+            if lack is not None:
+                self.space.learn(staging)
+            staging.discard()
+        return lack
+
+    def _publish(self, staging: Staging, save: Save) -> Record:
+        begun = time.perf_counter()
+        record = commit(
+            save.door,
+            staging,
+            run=self.run,
+            step=save.step,
+            seq=save.seq,
+            lineage=save.lineage,
+            parent=self.parent,
+            created=time.time(),
+            environment=save.environment,
+            arguments=save.arguments,
+            facts=save.facts,
+        )
         assert record.manifest is not None
+        now = time.perf_counter()
         self.lineage, self.parent = record.manifest.lineage, record.id
-        self.saved[step] = record
+        self.saved[save.step] = record
         self.space.saved(record.manifest)
-        seconds = round(time.perf_counter() - started, 4)
-        journal.append(self.door, "saved", step=step, id=record.id, bytes=record.size, seconds=seconds)
+        self.took = now - save.started
+        spent = {"stall": save.stall or self.took, **staging.seconds, "copy": save.copy, "sync": now - begun}
+        journal.append(
+            save.door, "saved", step=save.step, id=record.id, bytes=record.size, seconds=round(self.took, 4),
+            spent={name: round(spent.get(name, 0.0), 4) for name in SPENT},
+        )  # fmt: skip
         return record
 
     def retain(self) -> tuple[policy.Decision, ...]:
-        """Apply the policy to what is on disk now; the decisions with their reasons go to the journal."""
+        """Apply the policy to what is on disk now; the decisions with their reasons go to the journal.
+
+        In the background: behind what is being written, and () here.
+        """
+        return self._retain() if not self._then(self._retain) else ()
+
+    def _retain(self) -> tuple[policy.Decision, ...]:
         try:
             self._still_ours()  # whoever was fenced off deletes nothing either
-            found = self.records()
+            found = records(self.root, sure=True)
             stay = protected(self.root, found, self.run, self._sightings)
         except OSError as error:
             warn(f"retention: {error}; nothing was deleted, the next save tries again")
@@ -261,6 +282,11 @@ class Manager:
 
     def record(self, step: int, values: Mapping[str, object]) -> None:
         """Attach metrics to the checkpoint that this process saved at `step`, if there is one."""
+        plain = {name: value.item() if hasattr(value, "item") else value for name, value in values.items()}
+        if not self._then(lambda: self._record(step, plain)):
+            self._record(step, plain)
+
+    def _record(self, step: int, values: Mapping[str, object]) -> None:
         record = self.saved.get(step)
         if record is None:
             return
@@ -292,32 +318,6 @@ class Manager:
             journal.append(self.door, "poisoned", step=record.step, id=record.id, reason=reason)
         return tuple(sick)
 
-    @contextmanager
-    def _fenced(self) -> Iterator[None]:
-        """What fails inside because another process took over is RunLocked, and so is what nobody noticed."""
-        try:
-            yield
-        except OSError:
-            self._unless_taken()
-            raise
-        self._still_ours()
-
-    def _unless_taken(self) -> None:
-        """After an error: a takeover may be its cause. Where that can't be told, the error speaks for itself."""
-        with suppress(OSError):
-            self._still_ours()
-
-    def _told(self, error: Exception) -> str:
-        """An error without the detour that its path takes through the fence."""
-        return str(error).replace(f"{self.door}", f"{self.root}")
-
-    def _still_ours(self) -> None:
-        if self._lock is not None and not self._lock.still_held():
-            raise RunLocked(
-                f"another process took over {self.root}; this one must not write to it any more",
-                hint="stop this process; its checkpoints so far are intact",
-            )
-
     def _failed(self, step: int, error: BaseException) -> None:
         self.failures += 1
         fatal = isinstance(error, (RunLocked, NotSupported)) or not isinstance(error, Exception)
@@ -342,39 +342,8 @@ class Manager:
     # ---- finding -------------------------------------------------------------------------
 
     def find(self, what: Literal["last", "best"] | int, *, full: bool = True, held: held.Held | None = None) -> Found:
-        """The checkpoint to resume from (full) or to load (the weights are enough), verified. held: see `problems`.
-
-        "last" and "best" fall back to the next one when one fails verification; a step does not.
-        Raises NoCheckpoint, with a line for each that was passed over, when none is left.
-        """
-        everything = self.records()
-        monitor, mode = self.keep.primary
-        if not isinstance(what, int) and (lost := lost_head(self.root)):
-            raise NoCheckpoint(lost, hint=LOST_HEAD)
-        skipped = [(r.name, r.problem or r.state) for r in everything if r.state in ("incomplete", "foreign")]
-        damaged = [r.name for r in everything if r.state == "incomplete"]
-        choice = first_good(
-            in_order(everything, what, monitor=monitor, mode=mode),
-            lambda record: verify.problems(self.root, record, full=self.verify == "full", sure=True, held=held),
-            weights="holds the weights alone" if full else "",
-            fall_back=not isinstance(what, int),
-        )
-        skipped += choice.skipped
-        if choice.record is not None:
-            record = choice.record
-            if what == "last":
-                skipped += [(r.name, UNADOPTED) for r in everything if r.state == "stock" and r.step > record.step]
-            return Found(record, tuple(skipped), (*damaged, *choice.damaged))
-        if isinstance(what, int):
-            aside = [r.name for r in everything if r.step == what and r.ours and not r.current and r.state == "full"]
-            skipped += [(name, f"another branch left {name}: its path resumes from it") for name in aside]
-            skipped += [(r.name, UNADOPTED) for r in everything if r.state == "stock" and r.step == what]
-        listing = "".join(f"\n  {name}: {reason}" for name, reason in skipped)
-        raise NoCheckpoint(
-            f"{self.root} has no good checkpoint for {what!r}{listing}",
-            hint="resume_from_checkpoint='auto' takes the newest good one, False starts afresh"
-            + ("; a poisoned one is taken if its step or path is named" if any(r.poisoned for r in everything) else ""),
-        )
+        """The checkpoint to resume from (full) or to load (the weights are enough): see `finding.find`."""
+        return find(self.root, self.records(), what, keep=self.keep, check=self.verify, full=full, held=held)
 
     def quarantine(self, names: tuple[str, ...]) -> None:
         """Move checkpoints of this run that failed verification out of the way; their bytes are kept for a look.

@@ -30,7 +30,8 @@ REQUESTS = {
 class Occasions:
     """leave: why the process has to end after the save, "" while it goes on. by: signal, limit, request or space.
 
-    active: between `begin` and the end of `listening`.
+    active: between `begin` and the end of `listening`. wanted: somebody outside asked for the save that is due now, by
+    a signal or a request: that one is never left out.
     """
 
     triggers: Triggers = field(default_factory=Triggers)
@@ -40,6 +41,7 @@ class Occasions:
     leave: str = ""
     by: str = ""
     active: bool = False
+    wanted: bool = False
     _inbox: Inbox | None = None
     _last: Last = field(default_factory=lambda: Last(0, time.monotonic()))
     _asked: tuple[str, ...] = ()
@@ -77,6 +79,7 @@ class Occasions:
         reasons = triggers.due(
             self.triggers, step=step, epoch=epoch, now=now, last=self._last, asked=tuple(dict.fromkeys(self._asked))
         )
+        self.wanted = bool(self._asked)
         if reasons:
             self._asked = ()
         return reasons

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import stat
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,15 +22,22 @@ from lastgood.store.quota import left
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
+Content = bytes | memoryview | Callable[[], bytes]
+"""Of a file: itself, or a function that makes it when it is written."""
+
 
 @dataclass(slots=True)
 class Staging:
-    """path: the directory, for libraries that write files of their own. files and parts: what is registered so far."""
+    """path: the directory, for libraries that write files of their own. files and parts: what is registered so far.
+
+    seconds: spent on what: "hash" (digests of tensors), "write" (with the hash of each file), "sync", "copy".
+    """
 
     root: Path
     id: str
     files: dict[str, FileEntry] = field(default_factory=dict)
     parts: dict[str, list[str]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def directory(self) -> Path:
@@ -45,21 +53,29 @@ class Staging:
         part: str,
         tensors: Iterable[safetensors.Tensor],
         metadata: Mapping[str, str] | None = None,
-    ) -> None:
-        """Write a safetensors file. Raises SaveFailed or NotEnoughSpace."""
-        _, chunks = safetensors.encode(tensors, metadata)
+    ) -> tuple[safetensors.Tensor, ...]:
+        """Write a safetensors file; returns what is in it. Raises SaveFailed or NotEnoughSpace."""
+        entries = tuple(tensors)
+        _, chunks = safetensors.encode(entries, metadata)
         self._write(name, part, lambda path: local.write(path, chunks, sync=False))
+        return entries
 
-    def data(self, name: str, part: str, content: bytes) -> None:
+    def data(self, name: str, part: str, content: Content) -> None:
         """Write a file with this content. Raises SaveFailed or NotEnoughSpace."""
-        self._write(name, part, lambda path: local.write(path, [content], sync=False))
+        started = time.perf_counter()
+        made = content() if callable(content) else content
+        if callable(content):
+            self._spent("hash", started)
+        self._write(name, part, lambda path: local.write(path, [made], sync=False))
 
     def adopt(self, part: str) -> None:
         """Take in what libraries wrote into the directory; links and devices are refused."""
-        for name, path in _files(self.directory, ""):
+        started = time.perf_counter()
+        for name, path in written_by_libraries(self.directory):
             if name not in self.files:
                 with explained(path):
                     self._add(name, part, local.adopt(path))
+        self._spent("write", started)
 
     def sync(self) -> None:
         """Make everything in it durable; only then may the manifest be written."""
@@ -79,11 +95,15 @@ class Staging:
         return sorted(inner | {self.directory}, key=lambda path: -len(path.parts))
 
     def _write(self, name: str, part: str, write: Callable[[Path], FileEntry]) -> None:
-        path = self.directory / name
+        path, started = self.directory / name, time.perf_counter()
         with explained(path):
             local.make_parents(path, self.directory)
             entry = write(path)
         self._add(name, part, entry)
+        self._spent("write", started)
+
+    def _spent(self, on: str, since: float) -> None:
+        self.seconds[on] = self.seconds.get(on, 0.0) + time.perf_counter() - since
 
     def _add(self, name: str, part: str, entry: FileEntry) -> None:
         if not safe_name(name):
@@ -156,13 +176,14 @@ def lacked_room(root: Path, error: BaseException) -> NotEnoughSpace | None:
     )
 
 
-def _files(directory: Path, prefix: str) -> list[tuple[str, Path]]:
+def written_by_libraries(directory: Path, prefix: str = "") -> list[tuple[str, Path]]:
+    """(name in the checkpoint, path) of every file in a staging directory. Raises SaveFailed for links and devices."""
     found = []
     for name in local.names(directory):
         path = directory / name
         mode = path.lstat().st_mode
         if stat.S_ISDIR(mode):
-            found += _files(path, f"{prefix}{name}/")
+            found += written_by_libraries(path, f"{prefix}{name}/")
         elif stat.S_ISREG(mode):
             found.append((prefix + name, path))
         else:

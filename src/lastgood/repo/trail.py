@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -97,12 +98,17 @@ def saved(root: Path, life: int, step: int, id: str) -> None:
     _append(root, [{"life": life, "step": step, "saved": id}])
 
 
+_alone = threading.Lock()
+"""A checkpoint is noted by the thread that wrote it, while another one notes steps: not into a file being shortened."""
+
+
 def _append(root: Path, values: Sequence[Mapping[str, Any]]) -> None:
     path = hidden(root, NAME)
     data = "".join(f"{json.dumps(value, separators=(',', ':'))}\n" for value in values)
-    local.append(path, data.encode(), sync=False)
-    if (local.size(path) or 0) > LIMIT:
-        shorten(path)
+    with _alone:
+        local.append(path, data.encode(), sync=False)
+        if (local.size(path) or 0) > LIMIT:
+            shorten(path)
 
 
 def shorten(path: Path) -> None:

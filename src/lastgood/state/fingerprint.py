@@ -34,11 +34,15 @@ class Fingerprints:
     def __init__(self) -> None:
         self._frozen: dict[str, tuple[tuple[Any, ...], str]] = {}
 
+    def remembers(self, tensor: torch.Tensor) -> bool:
+        """Whether the digest of this one is hashed once, and again only after it was written to."""
+        return isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad and not tensor.is_inference()
+
     def of(self, live: Mapping[str, torch.Tensor]) -> dict[str, str]:
         """name -> digest for all of `live`, as `live_tensors` gives them."""
         digests = {}
         for name, tensor in live.items():
-            if not isinstance(tensor, torch.nn.Parameter) or tensor.requires_grad or tensor.is_inference():
+            if not self.remembers(tensor):
                 digests[name] = digest(tensor, name)
                 continue
             key = (tensor.data_ptr(), tensor._version, tensor.dtype, tuple(tensor.shape))

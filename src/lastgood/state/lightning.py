@@ -10,7 +10,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,11 +31,19 @@ RUN = frozenset({"loops", "callbacks", "optimizer_states", "lr_schedulers", "cur
 """Keys that a resume needs and the model alone doesn't; the last two are the weights under an average."""
 
 
-def write_model(staging: Staging, checkpoint: Mapping[str, Any], precision: str) -> dict[str, str]:
+class Model(NamedTuple):
+    """The file of the state dict: what went into it, and as it is written."""
+
+    name: str
+    tensors: dict[str, torch.Tensor]
+    entries: tuple[safetensors.Tensor, ...]
+
+
+def write_model(staging: Staging, checkpoint: Mapping[str, Any], precision: str) -> tuple[Model, dict[str, str]]:
     """Stage the part `model`; name -> why of the hyper-parameters that were left out."""
     state = checkpoint["state_dict"]
     weights = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    staging.tensors(MODEL, "model", named(weights), METADATA)
+    model = Model(MODEL, weights, staging.tensors(MODEL, "model", named(weights), METADATA))
     tensors: dict[str, torch.Tensor] = {}
     about: dict[str, Any] = {"format": 1, "hyper": {}, "left_out": {}}
     for key in HYPER:
@@ -50,7 +58,7 @@ def write_model(staging: Staging, checkpoint: Mapping[str, Any], precision: str)
     if tensors:
         staging.tensors(ABOUT_TENSORS, "model", named(tensors), METADATA)
     staging.data(ABOUT, "model", dump(about))
-    return dict(about["left_out"])
+    return model, dict(about["left_out"])
 
 
 def read_model(path: Path) -> dict[str, Any]:

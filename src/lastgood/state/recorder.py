@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lastgood.health import Sample
+from lastgood.model import Record
 from lastgood.repo import trail
 from lastgood.repo.trail import Entry
 from lastgood.state.batch import Batches
@@ -91,14 +92,20 @@ class Recorder:
         except (OSError, RuntimeError) as error:  # RuntimeError: the device has failed, which is told by others
             self._lost(error)
 
-    def saved(self, step: int, id: str) -> None:
-        """A checkpoint was committed."""
+    def saved(self, step: int, id: str, then: Callable[[int, Callable[[Record], None]], None] | None = None) -> None:
+        """A checkpoint was committed, or is on its way: then `then` does it, behind that."""
         self.flush()
-        if self.on and self._root is not None:
+        if not self.on or self._root is None:
+            return
+        root, life = self._root, self._life
+
+        def note(_: object) -> None:
             try:
-                trail.saved(self._root, self._life, step, id)
+                trail.saved(root, life, step, id)
             except OSError as error:
                 self._lost(error)
+
+        note(None) if then is None else then(step, note)
 
     def _lost(self, error: Exception) -> None:
         if not self.warned:

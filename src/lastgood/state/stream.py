@@ -32,8 +32,8 @@ from lastgood.state.way import How, Skip, facts, inner_of, way
 class Once:
     """The random state that training goes on under, for several loaders of one loop: the first to begin sets it."""
 
-    def __init__(self, then: Rng) -> None:
-        self._then: Rng | None = then
+    def __init__(self, then: Rng | None) -> None:
+        self._then = then
 
     def take(self) -> Rng | None:
         then, self._then = self._then, None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -53,7 +53,12 @@ def window(tensor: torch.Tensor) -> memoryview:
 
 def digest(tensor: torch.Tensor, name: str = "") -> str:
     """`dtype[shape]:hash` of the values: two tensors with the same digest hold the same bits."""
-    return f"{signature(tensor)}:{digests.of(to_bytes(name, tensor).data)}"
+    return digest_of(to_bytes(name, tensor))
+
+
+def digest_of(entry: Tensor, *, threads: int | None = None) -> str:
+    """The same of what is in a file. threads: as in `format.digests.of`."""
+    return f"{digests.signature(entry.dtype, entry.shape)}:{digests.of(entry.data, threads=threads)}"
 
 
 def signature(tensor: torch.Tensor) -> str:
@@ -69,6 +74,6 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     return torch.equal(mine, right.detach().cpu().contiguous().reshape(-1).view(torch.uint8))
 
 
-def named(tensors: Mapping[str, torch.Tensor]) -> list[Tensor]:
-    """Entries in the order given."""
-    return [to_bytes(name, tensor) for name, tensor in tensors.items()]
+def named(tensors: Mapping[str, torch.Tensor]) -> Iterator[Tensor]:
+    """Entries in the order given, one at a time: what has to be brought from a device isn't all there at once."""
+    return (to_bytes(name, tensor) for name, tensor in tensors.items())

@@ -20,6 +20,7 @@ import torch
 
 from lastgood.errors import Incompatible, IncompleteRestore
 from lastgood.state.conversions import converted
+from lastgood.state.digests import Digests, Held, identity
 from lastgood.state.fingerprint import Fingerprints, live_tensors
 from lastgood.state.match import some
 from lastgood.state.meta import all_filled, give_memory
@@ -120,20 +121,26 @@ class Coverage:
 
     def extras(
         self, model: torch.nn.Module, live: Mapping[str, torch.Tensor], files: list[TensorFile]
-    ) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-        """(digests of all live tensors, the live tensors that `files` would not bring back)."""
-        digests = self.prints.of(live)
-        held = _digests_of(files, live, digests)
+    ) -> tuple[Digests, dict[str, torch.Tensor]]:
+        """(digests of all live tensors, the live tensors that `files` would not bring back).
+
+        Nothing that the files hold as it is gets hashed here: whoever writes them does that, see Digests.
+        """
+        held = Held.of(files)
+        digests = Digests(list(live), *held.split(live, self.prints))
+        known = digests.known
         # What is neither trained nor changed comes with the model: the frozen base under an adapter, which
         # no adapter checkpoint stores, and buffers that are computed when the model is built.
         own = set() if hasattr(model, "peft_config") else {clean(name) for name in model.state_dict()}
-        lost = [
+        doubtful = [
             name
             for name, tensor in live.items()
-            if digests[name] not in held
+            if not held.has(tensor)
             and name not in self.proven
-            and (tensor.requires_grad or name in own or self.initial.get(name) != digests[name])
+            and (tensor.requires_grad or name in own or self.initial.get(name) != known[name])
         ]
+        same = held.digests({known[name] for name in doubtful})
+        lost = [name for name in doubtful if known[name] not in same]
         untried = [name for name in lost if name not in self.stored]
         if untried:
             saved = {name: tensor for file in files for name, tensor in file.tensors.items()}
@@ -142,13 +149,6 @@ class Coverage:
             self.proven |= led_back
             self.stored |= set(untried) - led_back
         return digests, {name: live[name] for name in lost if name in self.stored}
-
-
-def _digests_of(files: list[TensorFile], live: Mapping[str, torch.Tensor], digests: Mapping[str, str]) -> set[str]:
-    """Digests of the tensors in `files`; those that are live tensors themselves aren't hashed twice."""
-    known = {identity(tensor): digests[name] for name, tensor in live.items() if tensor.numel()}
-    saved = [(name, tensor) for file in files for name, tensor in file.tensors.items()]
-    return {known.get(identity(tensor)) or digest(tensor, name) for name, tensor in saved}
 
 
 def aliases(model: torch.nn.Module, files: Iterable[TensorFile]) -> dict[str, str]:
@@ -166,11 +166,6 @@ def aliases(model: torch.nn.Module, files: Iterable[TensorFile]) -> dict[str, st
         target = next((name for name in same if name in stored), None)
         found |= {name: target for name in same if target is not None and name not in stored}
     return found
-
-
-def identity(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """What two names of the very same tensor have in common."""
-    return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), str(tensor.device))
 
 
 def restore(

@@ -215,7 +215,11 @@ class Recorder(FileSystem):
     def _gone(self, path: AnyPath) -> None:
         at = Path(os.path.abspath(path))
         if self.root in at.parents:
-            self._did(Named(self._parent(at), at.name, None))
+            try:
+                place = self._parent(at)
+            except KeyError:  # of a library's own, and gone before anybody asked for it: it was never written down
+                return
+            self._did(Named(place, at.name, None))
 
     def _parent(self, path: Path) -> Node:
         node = 0

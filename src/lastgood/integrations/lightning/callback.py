@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
+from lastgood.background import Wanted, checked, chosen
 from lastgood.errors import LastgoodError, UsageError, wrong_type
 from lastgood.integrations.lightning import options
 from lastgood.integrations.lightning.flavour import flavour, gate_class, io_class, module
@@ -42,6 +43,8 @@ class Checkpointing(Shown):
     resume: "auto" goes on from the newest good checkpoint whenever fit is given no ckpt_path, and starts afresh if
         there is none.
     verify: "full" hashes every byte before a resume, "quick" compares sizes and headers.
+    background: training goes on while a copy of the state is written: True, False, "auto" (where it is trained on an
+        accelerator), or a lastgood.Background.
     """
 
     _flavour = "lightning.pytorch"
@@ -66,9 +69,11 @@ class Checkpointing(Shown):
         on_full: Literal["warn", "wait", "stop"] | None = None,
         resume: Literal["auto"] | None = None,
         verify: Literal["full", "quick"] = "full",
+        background: Wanted = "auto",
         **other: Any,
     ) -> None:
         options.refuse(other)
+        checked(background)
         for name, value, allowed in (
             ("on_error", on_error, ("warn", "raise")),
             ("on_full", on_full, ("warn", "wait", "stop", None)),
@@ -98,6 +103,7 @@ class Checkpointing(Shown):
             verbose=verbose,
         )
         self.on_error, self.on_full, self.resume, self.verify = on_error, on_full, resume, verify
+        self.background = background
 
     # ---- ckpt_path -----------------------------------------------------------------------
 
@@ -120,7 +126,10 @@ class Checkpointing(Shown):
         """The session of the fit that begins, with the run's lock."""
         if self._session is None:
             root, keep = Path(str(self.dirpath)), self.keep or Keep()
-            manager = Manager(root, keep, on_error=self.on_error, on_full=self.on_full, verify=self.verify)
+            manager = Manager(
+                root, keep, on_error=self.on_error, on_full=self.on_full, verify=self.verify,
+                background=chosen(self.background, accelerated=trainer.strategy.root_device.type != "cpu"),
+            )  # fmt: skip
             manager.space.leaving = lambda: trainer.received_sigterm
             manager.open()
             self._session = Session(manager, weights_only=self.save_weights_only, trainer=trainer)
@@ -194,6 +203,7 @@ class Checkpointing(Shown):
         session = self._session
         if session is None:
             return
+        session.heed()
         if session.means is not None:
             session.means.join(trainer.fit_loop.epoch_loop._results)
         if not session.due and trainer.global_step != session.saved_step and self._due(trainer):
@@ -266,6 +276,8 @@ class Checkpointing(Shown):
 
     def before_train_end(self, trainer: Any) -> None:
         session = self._session
+        if session is not None:
+            session.manager.settle()
         if session is not None and (session.due or (self.save_last and not session.manager.saved)):
             self._save("epoch")
         self._refresh()
@@ -293,6 +305,7 @@ class Checkpointing(Shown):
             wanted = (stopped or session.due or self.save_on_exception) and not isinstance(exception, LastgoodError)
             if wanted and session.training and session.landing is None and not room:
                 session.ending, session.manager.space.patient = True, False
+                session.settle_whatever()
                 self._save_now(trainer, session)
         finally:
             session.close("preempted" if stopped or room else "interrupted", **({"by": "space"} if room else {}))

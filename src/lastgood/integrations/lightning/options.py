@@ -19,7 +19,7 @@ NOT_HERE = {
 KNOWN = (
     "dirpath", "monitor", "mode", "save_top_k", "save_last", "every_n_train_steps", "train_time_interval",
     "every_n_epochs", "save_on_train_epoch_end", "save_on_exception", "save_weights_only", "verbose",
-    "keep", "on_error", "on_full", "resume", "verify",
+    "keep", "on_error", "on_full", "resume", "verify", "background",
 )  # fmt: skip
 
 

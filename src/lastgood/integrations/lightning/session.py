@@ -23,7 +23,7 @@ from lastgood.report import Report
 from lastgood.state import lightning as files
 from lastgood.state import rng
 from lastgood.state.fingerprint import live_tensors
-from lastgood.talk import say
+from lastgood.talk import say, warn
 
 
 @dataclass(slots=True)
@@ -256,6 +256,8 @@ class Session:
             environment=about.environment(),
             arguments=about.arguments(trainer, self.module),
             facts=about.facts(trainer, self.module),
+            now=self.ending,
+            skip=where == "batch",
         )
         rng.restore(drawn)  # whatever the hooks of a save may have drawn
         self.now = None
@@ -268,6 +270,25 @@ class Session:
             self.manager.record(step, self.noted)
         self.manager.retain()
         return record
+
+    def heed(self) -> None:
+        """What failed behind training's back is told; the run may have to stop for it."""
+        self.manager.heed()
+        self._saved_at_all()
+        if self.manager.space.lack is not None and not self.ending:
+            self._stop(self.trainer.global_step)
+
+    def _saved_at_all(self) -> None:
+        if self.saved_step > 0 and self.saved_step not in self.manager.saved:
+            self.saved_step = max(0, self.resumed)  # the save of that step came to nothing
+
+    def settle_whatever(self) -> None:
+        """What becomes of the save under way must not keep the last one from being tried."""
+        try:
+            self.manager.settle()
+        except Exception as failed:
+            warn(str(failed))
+        self._saved_at_all()
 
     def _stop(self, step: int) -> None:
         why = f"stopped (no room for the checkpoint of step {step}) at step {step}"

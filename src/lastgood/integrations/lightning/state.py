@@ -16,6 +16,7 @@ from lastgood.integrations.lightning.stream import Place
 from lastgood.repo.staging import Staging
 from lastgood.state import lightning as files
 from lastgood.state import optimizer, plain, rng, tree, weights
+from lastgood.state.digests import Digests, Held, identity
 from lastgood.state.fingerprint import Fingerprints, live_tensors
 from lastgood.state.rng import Rng
 from lastgood.state.tensors import named
@@ -46,19 +47,22 @@ class Weights:
         still = {name: tensor for name, tensor in live_tensors(module).items() if not tensor.requires_grad}
         return cls(prints.of(still), prints)
 
-    def stage(self, staging: Staging, module: torch.nn.Module, stored: Iterable[torch.Tensor]) -> None:
-        """Digests of all tensors, and those that are trained or changed and not among `stored`."""
+    def stage(
+        self, staging: Staging, module: torch.nn.Module, model: files.Model, stored: Iterable[torch.Tensor]
+    ) -> None:
+        """Digests of all tensors, and those that are trained or changed and neither in `model` nor among `stored`."""
         live = live_tensors(module)
-        digests = self.prints.of(live)
-        held = {_identity(tensor) for tensor in stored}
+        digests = Digests(list(live), *Held.of([model]).split(live, self.prints))
+        digests.written(model.name, model.entries)
+        held = {identity(tensor) for tensor in (*model.tensors.values(), *stored)}
         lost = {
             name: tensor
             for name, tensor in live.items()
-            if _identity(tensor) not in held and (tensor.requires_grad or self.initial.get(name) != digests[name])
+            if identity(tensor) not in held and (tensor.requires_grad or self.initial.get(name) != digests.known[name])
         }
         if lost:
             staging.tensors(files.EXTRA, "model", named(lost), files.METADATA)
-        staging.data(files.DIGESTS, "model", files.dump({"format": 1, "tensors": digests}))
+        staging.data(files.DIGESTS, "model", lambda: files.dump({"format": 1, "tensors": digests.all()}))
 
     def restore(self, module: torch.nn.Module, path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
         """Every tensor as its digest says. Raises Incompatible or IncompleteRestore, and nothing is changed then."""
@@ -71,20 +75,15 @@ class Weights:
         return weights.restore(module, files.read_json(path / files.DIGESTS)["tensors"], load)
 
 
-def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), str(tensor.device))
-
-
 def write(
     staging: Staging, checkpoint: Mapping[str, Any], trainer: Any, module: Any, now: Moment, proof: Weights
 ) -> dict[str, str]:
     """Stage everything; returns the hyper-parameters that were left out, with the reasons."""
     precision = type(trainer.precision_plugin).__qualname__
-    left = files.write_model(staging, checkpoint, precision)
-    under = checkpoint.get("current_model_state", {})
-    stored = [t for group in (checkpoint["state_dict"], under) for t in group.values() if isinstance(t, torch.Tensor)]
+    model, left = files.write_model(staging, checkpoint, precision)
     full = "optimizer_states" in checkpoint
-    proof.stage(staging, module, stored if full else checkpoint["state_dict"].values())
+    under = checkpoint.get("current_model_state", {}) if full else {}
+    proof.stage(staging, module, model, [t for t in under.values() if isinstance(t, torch.Tensor)])
     if full:
         _write_resume(staging, checkpoint, trainer, module, now, precision, left)
     return left

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lastgood import background
 from lastgood.errors import LastgoodError, NotSupported, Preempted, UsageError
 from lastgood.guard import Guard
 from lastgood.integrations.torch import restoring, writing
@@ -21,7 +22,7 @@ from lastgood.integrations.torch.loader import Data
 from lastgood.integrations.torch.metrics import Metrics, number
 from lastgood.integrations.torch.module import Model
 from lastgood.integrations.torch.options import Options
-from lastgood.integrations.torch.parts import part, trains_what_is_saved
+from lastgood.integrations.torch.parts import accelerated, part, trains_what_is_saved
 from lastgood.manager import Manager
 from lastgood.model import Record, finite
 from lastgood.occasions import Occasions
@@ -33,6 +34,7 @@ from lastgood.state.finite import not_finite
 from lastgood.state.match import Match
 from lastgood.state.recorder import Recorder
 from lastgood.state.saved import Saved
+from lastgood.state.stream import Once
 from lastgood.talk import say, warn
 from lastgood.target import Fresh, resolve
 
@@ -71,6 +73,7 @@ class CheckpointManager:
         self._run = Manager(
             root=Path(root).absolute(), keep=self.options.keep, on_error=self.options.on_error,
             on_full=self.options.on_full, verify=self.options.verify,
+            background=background.chosen(self.options.background, accelerated=accelerated(self.parts)),
         )  # fmt: skip
         self._run.space.leaving = lambda: self._occasions.stopping(self._boundary.step if self._boundary else 0)
         self._occasions = Occasions(self.options.triggers)
@@ -81,6 +84,8 @@ class CheckpointManager:
         self._metrics = Metrics(self._run)
         self._loss: Any = None
         self._began = 0
+        self._once = Once(None)
+        self._ending = False
         self._facts: dict[str, Any] = {}
         self._arguments = {key: masked(key, value) for key, value in (self.options.arguments or {}).items()}
 
@@ -152,13 +157,16 @@ class CheckpointManager:
 
     def close(self) -> None:
         """Save the last step, where anything but `save()` saves at all, and give the run back."""
-        if self._boundary is not None and self._run._lock is not None:
-            if self.options.triggers.any or self.options.save_best:
-                self._save_last(self._boundary, "the end of the loop", sure=False)
-            self._recorder.flush()
-            self._run.retain()
-            self._run.close("finished")
-        self._stack.close()
+        try:
+            if self._boundary is not None and self._run._lock is not None:
+                self._run.settle()
+                if self.options.triggers.any or self.options.save_best:
+                    self._save_last(self._boundary, "the end of the loop", sure=False)
+                self._recorder.flush()
+                self._run.retain()
+                self._run.close("finished")
+        finally:
+            self._stack.close()
 
     def __enter__(self) -> CheckpointManager:
         return self
@@ -190,7 +198,9 @@ class CheckpointManager:
         step = counted(step)
         if not before.step <= step < MOST_STEPS:
             raise UsageError(f"step({step!r}) after step({before.step}): steps are counted upwards", hint=_COUNT)
+        self._once.take()  # a loader that begins only now goes on under what the steps since the restore have left
         boundary = self._boundary = Boundary.here(step, self.parts)
+        self._heed(step)
         self._loss = loss
         if loss is not None:
             self._recorder.loss(loss if isinstance(loss, torch.Tensor) else torch.tensor(float(loss)))
@@ -199,7 +209,7 @@ class CheckpointManager:
             self._metrics.note(step, metrics, now=step)
         reasons = self._occasions.look(step, self.epoch)
         if reasons:
-            self._save(boundary, reasons)
+            self._save(boundary, reasons, skip=not self._occasions.wanted)
         if self._occasions.leave:
             self._leave(boundary)
 
@@ -210,6 +220,7 @@ class CheckpointManager:
         where they were then: an evaluation doesn't change what training goes on with, interrupted or not.
         """
         before, step = self._running("record()"), counted(step)
+        self._heed(before.step)
         self._metrics.note(step, metrics, now=before.step)
         if step == before.step:
             rng.restore(before.rng)
@@ -244,7 +255,13 @@ class CheckpointManager:
                 f"save() after {', '.join(moved)} changed since step({boundary.step})",
                 hint="call it right behind step(), or step() with the number of steps that are complete now",
             )
+        self._heed(boundary.step)
         return self._run.saved.get(boundary.step) or self._save(boundary, (why,))
+
+    def settle(self) -> None:
+        """Wait until every save so far is on the disk; one that failed meanwhile is told as on_error says."""
+        self._running("settle()")
+        self._run.settle()
 
     def batches(self, name: str = "dataloader") -> Iterator[Any]:
         """The batches of a loader without an end, epoch after epoch, from where the run stands."""
@@ -263,10 +280,12 @@ class CheckpointManager:
         """The run as `lastgood.open` shows it."""
         from lastgood.run import open
 
+        self._run.settle()
         return open(self._run.root)
 
     def load_best(self) -> Record:
         """Load the models of the best checkpoint into this run's, verified. Raises NoCheckpoint if there is none."""
+        self._run.settle()
         held = Held(state=False)
         found = self._run.find("best", full=False, held=held)
         restoring.weights(self, Saved(self._run.root / found.record.name, found.record, held))
@@ -289,7 +308,13 @@ class CheckpointManager:
             )
         return self._boundary
 
-    def _save(self, boundary: Boundary, reasons: Sequence[str]) -> Record | None:
+    def _heed(self, step: int) -> None:
+        """What failed behind the loop's back is told now; the run may have to stop for it."""
+        self._run.heed()
+        if self._run.space.lack is not None:
+            self._occasions.no_room(step)
+
+    def _save(self, boundary: Boundary, reasons: Sequence[str], *, skip: bool = False) -> Record | None:
         started = time.monotonic()
         told: dict[str, Any] = {"saved_because": "; ".join(reasons)}
         loss = finite(number(self._loss))
@@ -309,10 +334,13 @@ class CheckpointManager:
             environment=facts.environment(),
             arguments=self._arguments,
             facts={**self._facts, **told, **self._guard.facts()},
+            now=self._ending or bool(self._occasions.leave),
+            skip=skip,
         )
-        self._occasions.saved(boundary.step, time.monotonic() - started, self.epoch)
+        # A save on the way out takes as long as one takes, not as long as training notices.
+        self._occasions.saved(boundary.step, max(time.monotonic() - started, self._run.took), self.epoch)
         if record is not None:
-            self._recorder.saved(boundary.step, record.id)
+            self._recorder.saved(boundary.step, record.id, self._run.then)
             self._metrics.saved(boundary.step)
             self._run.retain()
         elif self._run.space.lack is not None:
@@ -320,6 +348,7 @@ class CheckpointManager:
         return record
 
     def _leave(self, boundary: Boundary) -> None:
+        self._run.settle()
         if boundary.step not in self._run.saved and self._began < boundary.step != self._run.space.left:
             self._save(boundary, (self._occasions.leave,))
         why = self._occasions.parting(boundary.step)
@@ -331,14 +360,23 @@ class CheckpointManager:
         boundary, self._run.space.patient = self._boundary, False
         if boundary is not None and self._run._lock is not None:
             try:
+                self._settle_whatever()
                 self._save_last(boundary, f"{type(error).__name__} after step {boundary.step}", sure=True)
             except Exception as failed:
                 warn(f"step {boundary.step} could not be saved ({failed})")
+
+    def _settle_whatever(self) -> None:
+        """What becomes of the save under way must not keep the last one from being tried."""
+        try:
+            self._run.settle()
+        except Exception as failed:
+            warn(str(failed))
 
     def _save_last(self, boundary: Boundary, why: str, *, sure: bool) -> None:
         """Save the last step behind which everything fits together, if it still does; sure: if that can be shown."""
         if boundary.step in self._run.saved or boundary.step <= self._began:
             return
+        self._ending = True
         moved = boundary.moved(self.parts, sure=sure)
         if moved:
             say(f"{why}: not saved, because {', '.join(moved)} changed since step {boundary.step}")

@@ -13,6 +13,7 @@ from lastgood.errors import NotSupported, UsageError
 from lastgood.integrations.torch.exchange import Reading, Ready, Writing
 from lastgood.integrations.torch.stamp import Stamp
 from lastgood.state import tree, weights
+from lastgood.state.digests import identity
 from lastgood.state.fingerprint import live_tensors
 from lastgood.state.match import Match
 from lastgood.state.meta import unfilled
@@ -92,9 +93,9 @@ class Model:
         if extras:
             files.append(TensorFile(self._path("extra.safetensors"), extras, {"format": "pt"}))
         for file in files:
-            out.staging.tensors(file.name, "model", named(file.tensors), file.metadata)
+            digests.written(file.name, out.staging.tensors(file.name, "model", named(file.tensors), file.metadata))
         about |= {"tensors": digests, "files": [file.name for file in files]}
-        computed = weights.computed(self.module) & set(digests)
+        computed = weights.computed(self.module) & set(digests.names)
         about["unstored"], about["transient"] = sorted(computed - set(extras)), sorted(computed & set(extras))
         if self.name == "model":
             out.digests.update(about)
@@ -134,7 +135,7 @@ class Model:
                     f"{self.name}: its state_dict holds {name}, a {type(value).__name__}, beside tensors",
                     hint="return it from get_extra_state(), or hand it to CheckpointManager as a part of its own",
                 )
-            known = first.setdefault(weights.identity(value), name) if value.numel() else name
+            known = first.setdefault(identity(value), name) if value.numel() else name
             if known == name:
                 tensors[name] = value
                 if name not in live:

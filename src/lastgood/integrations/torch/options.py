@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lastgood import background
+from lastgood.background import Wanted
 from lastgood.errors import UsageError, wrong_type
 from lastgood.policy import Keep
 from lastgood.triggers import Triggers
@@ -28,6 +30,8 @@ class Options:
     arguments: hyperparameters to write down (secrets are masked) and to compare at a restore.
     takeover: write to the run although another process holds it (that one is fenced off).
     trail: write down loss, gradient norm, learning rate and a hash of the data of every step.
+    background: let training go on while a copy of the state is written: True, False, "auto" (where it is trained on an
+        accelerator), or a `lastgood.Background`: its memory, and what becomes of a save that finds the last under way.
     guard: "mark" a checkpoint whose numbers are poisoned (NaN, a loss that jumped and stays up), so that nothing is
         resumed from it or rotated onto it, or "off".
     """
@@ -46,6 +50,7 @@ class Options:
     arguments: Mapping[str, Any] | None = None
     takeover: bool = False
     trail: bool = True
+    background: Wanted = "auto"
     guard: Literal["mark", "off"] = "mark"
 
     def __post_init__(self) -> None:
@@ -64,6 +69,7 @@ class Options:
         for name in ("save_best", "takeover", "trail"):
             if not isinstance(getattr(self, name), bool):
                 raise wrong_type(name, getattr(self, name), "True or False")
+        background.checked(self.background)
         names = self.allow_missing
         if isinstance(names, str) or not all(isinstance(name, str) for name in names):
             raise wrong_type("allow_missing", names, "a list of names of parts")

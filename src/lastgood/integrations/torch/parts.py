@@ -291,6 +291,16 @@ def _what(value: Any) -> str:
     return type(value).__name__ if shape is None else f"{type(value).__name__} of shape {tuple(shape)}"
 
 
+def accelerated(parts: Sequence[Part]) -> bool:
+    """Whether any of the models lies on something else than the CPU."""
+    return any(
+        tensor.device.type not in ("cpu", "meta")
+        for item in parts
+        if isinstance(item, Model)
+        for tensor in item.live.values()
+    )
+
+
 def trains_what_is_saved(parts: Sequence[Part]) -> None:
     """Raise UsageError for an optimizer whose parameters no part holds: they would come back as they were built."""
     held = {id(tensor) for item in parts if isinstance(item, Model) for tensor in item.live.values()}

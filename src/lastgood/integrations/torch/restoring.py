@@ -46,7 +46,7 @@ def restore(manager: CheckpointManager, target: Target, match: Match) -> tuple[R
         )
     source = Reading(saved, writing.live(manager.parts), allow, match)
     if states is not None:
-        source.once = Once(states)
+        source.once = manager._once = Once(states)
     _nothing_left_over(manager, saved)
     ready = [(part, _prepared(part, source)) for part in manager.parts]
     restored: list[tuple[str, str]] = []

@@ -16,6 +16,7 @@ from lastgood.integrations.torch.parts import Value
 from lastgood.repo.staging import Staging
 from lastgood.state import facts as about
 from lastgood.state import rng
+from lastgood.state.digests import Digests
 from lastgood.state.saved import DIGESTS, RESUME, STATE
 from lastgood.state.tensors import named
 
@@ -25,7 +26,8 @@ def write(staging: Staging, parts: Sequence[Part], boundary: Boundary, epoch: fl
     out = Writing(staging, live=live(parts))
     for part in parts:
         part.write(out)
-    staging.data(DIGESTS, "model", _json({"format": 1, "tensors": {}, **out.digests}))
+    about = {"format": 1, "tensors": {}, **out.digests}
+    staging.data(DIGESTS, "model", lambda: _json(about))
     if out.tensors:
         staging.tensors(STATE, "optimizer", named(out.tensors), {"format": "pt"})
     resume = {
@@ -62,4 +64,4 @@ def facts(parts: Sequence[Part]) -> dict[str, Any]:
 
 
 def _json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, allow_nan=False) + "\n").encode()
+    return (json.dumps(value, allow_nan=False, default=Digests.all) + "\n").encode()

@@ -57,20 +57,14 @@ def write(
         trainer.save_model(staging.path, _internal_call=True)
     digests, beside = coverage.extras(trainer.model, live, files)
     for file in files:
-        staging.tensors(file.name, "model", named(file.tensors), file.metadata)
+        digests.written(file.name, staging.tensors(file.name, "model", named(file.tensors), file.metadata))
     if beside:
         staging.tensors("extra.safetensors", "model", named(beside), TENSOR_METADATA)
-    made = computed(trainer.model) & set(digests)
+    made = computed(trainer.model) & set(digests.names)
     unstored, transient = sorted(made - set(beside)), sorted(made & set(beside))
     tied = aliases(trainer.model, files)
-    about = {
-        "format": 1,
-        "tensors": digests,
-        "unstored": unstored,
-        "transient": transient,
-        **({"aliases": tied} if tied else {}),
-    }
-    staging.data("tensors.json", "model", _json(about))
+    about = {"unstored": unstored, "transient": transient, **({"aliases": tied} if tied else {})}
+    staging.data("tensors.json", "model", lambda: _json({"format": 1, "tensors": digests.all(), **about}))
     for name in guard.NAMES:
         staging.data(name, "model", guard.content(name))
     staging.data("trainer_state.json", "model", trainer_state(trainer))

@@ -27,6 +27,7 @@ class Events(TrainerCallback):
         if session.proving is not None:
             control.should_training_stop = control.should_training_stop or bool(occasions.stopping(state.global_step))
             return
+        session.heed()
         reasons = occasions.look(state.global_step, state.epoch or 0.0)
         if reasons and (not self._saves_nothing(args) or occasions.by == "request" or not occasions.leave):
             if not control.should_save:

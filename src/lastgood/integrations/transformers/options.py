@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lastgood import background
+from lastgood.background import Wanted
 from lastgood.errors import UsageError, wrong_type
 from lastgood.policy import Keep
 from lastgood.ranking import known_mode
@@ -33,6 +35,8 @@ class Options:
         and leaves with status 75. None takes what `lastgood run --time-limit` or Slurm says; math.inf: no limit.
     guard: "mark" marks checkpoints whose state is unhealthy (NaN, a loss that blew up), "off" doesn't look.
     trail: write down loss, gradient norm and a hash of the data of every step (`lastgood doctor --prove` needs it).
+    background: let training go on while a copy of the state is written: True, False, "auto" (where it is trained on an
+        accelerator), or a `lastgood.Background`: its memory, and what becomes of a save that finds the last under way.
     """
 
     keep: Keep | None = None
@@ -47,6 +51,7 @@ class Options:
     time_limit: float | str | None = None
     guard: Literal["mark", "off"] = "mark"
     trail: bool = True
+    background: Wanted = "auto"
 
     def __post_init__(self) -> None:
         if self.keep is not None and not isinstance(self.keep, Keep):
@@ -66,6 +71,7 @@ class Options:
         for name in ("takeover", "trail"):
             if not isinstance(getattr(self, name), bool):
                 raise wrong_type(name, getattr(self, name), "True or False")
+        background.checked(self.background)
         if isinstance(self.allow_missing, str) or not set(self.allow_missing) <= MISSABLE:
             raise wrong_type("allow_missing", self.allow_missing, f"a list of names out of {sorted(MISSABLE)}")
         assert self.triggers is not None  # raises what is wrong with the times

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lastgood import ranking
+from lastgood.background import chosen
 from lastgood.errors import NoCheckpoint, Preempted
 from lastgood.guard import Guard
 from lastgood.integrations.transformers import capture, old_loop, settings
@@ -21,11 +22,13 @@ from lastgood.integrations.transformers.options import Options, retention
 from lastgood.integrations.transformers.outlook import look_ahead
 from lastgood.integrations.transformers.proving import Proving
 from lastgood.integrations.transformers.restore import Source
+from lastgood.integrations.transformers.told import told
 from lastgood.manager import Manager
 from lastgood.model import Record, finite
 from lastgood.occasions import Occasions
 from lastgood.repo import after, journal
 from lastgood.repo.held import Held
+from lastgood.repo.staging import Staging
 from lastgood.report import Change, Report
 from lastgood.state import facts, rng
 from lastgood.state.data import Position, Tracker
@@ -66,6 +69,7 @@ class Session:
     evaluating: Rng | None = None  # inside an evaluation: the generators as they were before it
     unsaved_metrics: dict[int, Mapping[str, Any]] = field(default_factory=dict)
     changed: list[Change] = field(default_factory=list)
+    unsure: bool = False  # which one is the best: a save or its metrics are under way
     owed: bool = False  # a save that somebody asked for, at this step
     saved_step: int = -1
     saved_rows: int = 0  # of the Trainer's log, at that save
@@ -95,6 +99,7 @@ class Session:
             on_error=self.options.on_error,
             on_full=self.options.on_full,
             verify=self.options.verify,
+            background=chosen(self.options.background, accelerated=args.device.type != "cpu"),
         )
         self.manager.space.leaving = lambda: self.occasions.stopping(self.trainer.state.global_step)
         self._reset()
@@ -127,7 +132,7 @@ class Session:
         self.tracker = Tracker(self.recorder.batches if self.recorder.on else None)
         self.finished, self.caught_up, self.evaluate, self.evaluating = False, True, False, None
         self.where, self.saved_step, self.planned, self.owed = "step", -1, False, False
-        self.left, self.place, self.window = False, None, None
+        self.left, self.place, self.window, self.unsure = False, None, None, False
         self.unsaved_metrics, self.changed, self.card = {}, [], {}
 
     @property
@@ -203,7 +208,8 @@ class Session:
         if self.source is not None:  # only now: callbacks that copy the model have done so
             self.source.extras(self.trainer)
         if self.target is not None:
-            self._report()
+            self.report = told(self)
+            say(str(self.report))
             self.target.held.clear()
             if self.source is not None:
                 self.source.done()
@@ -230,32 +236,6 @@ class Session:
         state.log_history += later["rows"]
         return True
 
-    def _report(self) -> None:
-        target, source = self.target, self.source
-        assert target is not None
-        if source is not None and not self.finished:
-            source.describe_rest(self.trainer.state.epoch)
-        changed = list(self.changed)
-        notes = list(target.notes)
-        manifest = None if target.record is None else target.record.manifest
-        if manifest is not None:
-            changed += facts.fact_changes(manifest.facts, self.facts())
-            changed += facts.version_changes(manifest.environment, facts.environment())
-        if self.finished:
-            notes.append(f"the run is finished (step {self.trainer.state.global_step}): nothing left to train")
-        if target.record is not None and not target.own:
-            notes.append("a checkpoint of another run: its state is continued here as a new run")
-        self.report = Report(
-            source=target.path.name,
-            step=self.trainer.state.global_step,
-            restored=() if source is None else tuple(source.restored),
-            missing=() if source is None else tuple(source.missing),
-            skipped=target.skipped,
-            changed=tuple(changed),
-            notes=tuple(notes),
-        )
-        say(str(self.report))
-
     def stepped(self, grad_norm: Any, lr: Any) -> None:
         """The loop is behind an optimizer step, or asks once more at the end of the epoch."""
         trainer, control = self.trainer, self.trainer.control
@@ -275,8 +255,8 @@ class Session:
 
     # ---- saving --------------------------------------------------------------------------
 
-    def save(self) -> Record | None:
-        """The checkpoint of the current step, then retention."""
+    def save(self, *, now: bool = False) -> Record | None:
+        """The checkpoint of the current step, then retention. now: on the disk when this returns."""
         trainer, step = self.trainer, self.trainer.state.global_step
         assert self.coverage is not None
         coverage, live = self.coverage, live_tensors(trainer.model)
@@ -288,30 +268,56 @@ class Session:
             rng=self.evaluating if self.evaluating is not None else rng.capture(),
             position=self.tracker.position(consumed),
         )
+
+        def write(staging: Staging) -> None:
+            if self.unsure:  # the last save is there now, and this one says which was the best until here
+                self._set_best(self.live.seen())
+            capture.write(trainer, staging, live=live, coverage=coverage, moment=moment, card=self.card)
+
         begun = time.monotonic()
         record = self.live.save(
             step,
-            lambda staging: capture.write(
-                trainer, staging, live=live, coverage=coverage, moment=moment, card=self.card
-            ),
+            write,
             estimate=capture.estimate(trainer, live, full=not trainer.args.save_only_model),
             environment=facts.environment(),
             arguments=self.arguments,
             facts={**self.facts(), **self.guard.facts()},
+            now=now or bool(self.occasions.leave),
+            skip=not (self.owed or step >= trainer.state.max_steps or trainer.args.save_strategy == "best"),
         )
         self.owed = False
-        self.occasions.saved(step, time.monotonic() - begun, trainer.state.epoch or 0.0)
+        # A save on the way out takes as long as one takes, not as long as training notices.
+        seconds = max(time.monotonic() - begun, self.live.took)
+        self.occasions.saved(step, seconds, trainer.state.epoch or 0.0)
         if record is None:
             self._without(step)
             return None
-        self.recorder.saved(step, record.id)
+        self.recorder.saved(step, record.id, self.live.then)
         self.saved_step, self.saved_rows = step, len(trainer.state.log_history)
         if step in self.unsaved_metrics:  # save_strategy="best" evaluates first
             self.live.record(step, self.unsaved_metrics.pop(step))
         decisions = self.live.retain()
-        kept = [decision.record for decision in decisions if decision.action != "delete"]
-        self._set_best(kept or self.live.seen())
+        if self.live.busy:
+            self.unsure = True
+        else:
+            kept = [decision.record for decision in decisions if decision.action != "delete"]
+            self._set_best(kept or self.live.seen())
         return record
+
+    def heed(self, *, wait: bool = False) -> None:
+        """What was done behind training's back is known now: a failure is told, the best one is named.
+
+        wait: until all of it is done.
+        """
+        if wait:
+            self.live.settle()
+        self.live.heed()
+        if self.saved_step not in self.live.saved:
+            self.saved_step = -1  # it came to nothing
+        if self.live.space.lack is not None and not self.occasions.leave:
+            self._without(self.trainer.state.global_step)
+        if self.unsure and not self.live.busy:
+            self._set_best(self.live.seen())
 
     def _without(self, step: int) -> None:
         """The save of this step came to nothing: is it the end, or was that asked for while it waited for room?"""
@@ -333,16 +339,18 @@ class Session:
         values = {name: value for name, value in metrics.items() if name.startswith("eval_")}
         if step in self.live.saved:
             self.live.record(step, values)
-            self._set_best(self.live.seen())
+            self.unsure = True
+            self.heed()
             if step == self.saved_step and not self.trainer.args.save_only_model:
-                changed = capture.after_evaluation(self.trainer, self.saved_rows)
-                after.write(self.live.door, self.live.saved[step].id, changed)
+                changed, door = capture.after_evaluation(self.trainer, self.saved_rows), self.live.door
+                self.live.then(step, lambda record: after.write(door, record.id, changed))
         else:
             self.unsaved_metrics = {step: values}
 
     def stop_inside_evaluation(self) -> None:
         """Asked to stop while evaluating, which can take hours: save the step that is being evaluated, and leave."""
         step = self.trainer.state.global_step
+        self.heed(wait=True)
         if step not in (self.saved_step, self.live.space.left) and self.trainer.args.save_strategy != "no":
             self.trainer._save_checkpoint(self.trainer.model, None)
         self.preempted()
@@ -361,7 +369,7 @@ class Session:
         return None if monitor is None or mode is None else ranking.best(records, monitor, mode)
 
     def _set_best(self, records: Sequence[Record]) -> None:
-        best = self.best(records)
+        best, self.unsure = self.best(records), False
         self.trainer.state.best_model_checkpoint = None if best is None else os.path.join(self.live.root, best.name)
 
     def load_best(self, model: torch.nn.Module) -> None:

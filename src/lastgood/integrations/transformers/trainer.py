@@ -16,6 +16,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from lastgood.integrations.transformers import settings, unmanaged
 from lastgood.integrations.transformers.old_loop import NEEDED, Loop
+from lastgood.integrations.transformers.onlookers import readers
 from lastgood.integrations.transformers.options import Options
 from lastgood.integrations.transformers.session import Session
 from lastgood.report import Report
@@ -222,7 +223,8 @@ class ManagedTrainer(Loop):
             return
         if self.hp_search_backend is None and trial is None:
             self.store_flos()
-        record = self.lastgood.save()
+        looked_at = self.args.push_to_hub or any(readers(self.callback_handler.callbacks))
+        record = self.lastgood.save(now=looked_at)
         if record is not None and self.args.push_to_hub:
             self._push_from_checkpoint(os.path.join(self._get_output_dir(trial), record.name))
 
@@ -242,6 +244,8 @@ class ManagedTrainer(Loop):
         session.left = True
         if session.proving is not None:
             session.proving.leave(self)
+        if session.coverage is not None:
+            session.heed(wait=True)
         if session.finished and session.source is not None and not session.caught_up:
             session.caught_up = session.finish()
             rest = {"model": self.model_wrapped, "trial": trial, "ignore_keys_for_eval": None, "start_time": start_time}

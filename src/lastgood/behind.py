@@ -1,0 +1,157 @@
+"""A run that is written to behind training's back: what is under way, what waits for it, and its end. No torch.
+
+Whoever asks what is on the disk is made to wait until all that was handed over is there: nobody sees a half-way state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lastgood.background import Background
+from lastgood.holding import Holding
+from lastgood.model import Record, Span
+from lastgood.repo import journal
+from lastgood.repo.lock import RunLock
+from lastgood.repo.read import records
+from lastgood.store.memory import Arena
+from lastgood.talk import say, warn
+from lastgood.units import size
+from lastgood.writer import Writer
+
+SPENT = ("stall", "copy", "hash", "write", "sync")
+"""What the journal says of a save, in seconds (FORMAT.md)."""
+
+
+class Failed(Exception):
+    """A save of the writer's came to nothing: `error` says why."""
+
+    def __init__(self, step: int, error: BaseException) -> None:
+        super().__init__(f"step {step}: {error}")
+        self.step, self.error = step, error
+
+
+@dataclass(slots=True)
+class Save:
+    """One save on its way. started: by time.perf_counter; stall, copy: seconds that training stood still, and that of
+    it the copy took. door, lock: of the writer when it was made, for what happens after a close.
+    """
+
+    step: int
+    started: float
+    environment: dict[str, str]
+    arguments: dict[str, object]
+    facts: dict[str, object]
+    seq: int = 0
+    lineage: tuple[Span, ...] = ()
+    door: Path = field(default_factory=Path)
+    lock: RunLock | None = None
+    stall: float = 0.0
+    copy: float = 0.0
+
+
+@dataclass(slots=True)
+class Behind(Holding):
+    """background: None for a run whose saves are written before training goes on.
+
+    saved: what this process saved, by step; one that is under way is in it already, without its files. took: seconds
+    from the beginning of the last save until it was committed.
+    """
+
+    background: Background | None = field(default=None, kw_only=True)
+    saved: dict[int, Record] = field(default_factory=dict, kw_only=True)
+    took: float = field(default=0.0, init=False)
+    _under_way: int | None = field(default=None, init=False)  # step
+    _hurry: bool = field(default=False, init=False)  # nothing is to be waited for any more
+    _writer: Writer = field(default_factory=Writer, init=False)
+    _arena: Arena = field(default_factory=Arena, init=False)
+    _announced: bool = field(default=False, init=False)
+
+    def open(self, *, takeover: bool = False) -> None:
+        """Become the only writer, with a thread of this process; see `Holding.open`."""
+        self._writer, self._arena = Writer(), Arena()
+        Holding.open(self, takeover=takeover)
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is still being written, recorded or deleted."""
+        return self._writer.busy
+
+    def then(self, step: int, act: Callable[[Record], None]) -> None:
+        """Do it with the checkpoint that was saved at `step`, behind what is under way; not if there is none."""
+
+        def job() -> None:
+            record = self.saved.get(step)
+            if record is not None:
+                act(record)
+
+        if not self._then(job):
+            job()
+
+    def _then(self, job: Callable[[], object]) -> bool:
+        """Whether it is to be done by the writer; then it was handed over."""
+        if self._writer.here or not self._writer.mine or (self.background is None and not self._writer.busy):
+            return False
+        lock = self._lock
+
+        def unless_closed() -> None:
+            if self._lock is lock:
+                job()
+
+        self._writer.submit(unless_closed)
+        return True
+
+    def records(self) -> tuple[Record, ...]:
+        """The checkpoints of the directory as they are now. Raises Unreadable if the system can't look just now."""
+        self._drained()
+        return records(self.root, sure=True)
+
+    def seen(self) -> tuple[Record, ...]:
+        """The same for what no resume and no deletion rests on: what can't be read just now must not end a training."""
+        self._drained()
+        return records(self.root)
+
+    def _drained(self) -> None:
+        """Wait until all that was handed over is done; what is waiting for room gives up when training has to leave."""
+        while not self._writer.wait(0.1):
+            self._hurry = self._hurry or not self.space.patient or bool(self.space.leaving())
+
+    def _skips(self, step: int) -> bool:
+        """Whether this save is left out because the last one is still under way."""
+        if self.background is None or self.background.on_busy != "skip" or not self._writer.busy:
+            return False
+        last = self._under_way
+        reason = f"the save of step {last} was still being written" if last is not None else "retention was under way"
+        journal.append(self.door, "skipped", step=step, reason=reason)
+        say(f"step {step} was not saved: {reason} (on_busy='skip')")
+        return True
+
+    def _short(self, estimate: int) -> None:
+        if not self._announced:
+            self._announced = True
+            warn(
+                f"a copy of {size(estimate)} doesn't fit into memory: saves are written before training goes on"
+                " (background needs as much again as a checkpoint has)"
+            )
+        self._arena.release()
+
+    def close(self, event: str = "closed", **facts: str) -> None:
+        """Give the run back, when all is written. Safe to call twice. facts: for the journal, beside the event."""
+        if self._lock is None:
+            return
+        self.space.patient = False
+        if not self._writer.end():
+            step = self._under_way
+            warn(f"the disk of {self.root} hangs: the save of step {step} is given up, earlier checkpoints are intact")
+            journal.append(self.door, "failed", step=step, error="still being written when the run was closed")
+        while (raised := self._writer.take()) is not None:
+            error = raised.error if isinstance(raised, Failed) else raised
+            if not isinstance(error, Exception):
+                raise error
+            step = raised.step if isinstance(raised, Failed) else max(self.saved, default=0)
+            journal.append(self.door, "failed", step=step, error=str(error))
+            warn(f"NO CHECKPOINT at step {step}: {error}\n  earlier ones are intact")
+        self._writer.stop()
+        self._arena.release()
+        Holding.close(self, event, **facts)

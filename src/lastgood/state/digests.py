@@ -1,0 +1,95 @@
+"""The digests of a model's tensors at a save: some known at once, the others read off the copy that is written.
+
+A live tensor that a file holds as it is has the digest of the file's bytes. Those are hashed by whoever writes the
+file, in the background maybe, when the live tensor has long become another one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from lastgood.format.tensors import Tensor
+from lastgood.state.fingerprint import Fingerprints
+from lastgood.state.tensors import digest, digest_of, signature
+
+Place = tuple[str, str]
+"""File and name of a tensor in it."""
+
+
+@dataclass(slots=True)
+class Digests:
+    """names: of all live tensors. known: digests of some; later: where the others are written."""
+
+    names: list[str]
+    known: dict[str, str]
+    later: dict[str, Place]
+    _written: dict[Place, Tensor] = field(default_factory=dict)
+
+    def written(self, file: str, entries: Iterable[Tensor]) -> None:
+        """These are the bytes of a file, until it is on the disk."""
+        self._written |= {(file, entry.name): entry for entry in entries}
+
+    def all(self) -> dict[str, str]:
+        """live name -> digest, in the order of the names. To be called while the bytes are there.
+
+        With every core where training waits for it, with one where it goes on meanwhile.
+        """
+        waiting = threading.current_thread() is threading.main_thread()
+        threads = None if waiting else 1
+        return {
+            name: self.known.get(name) or digest_of(self._written[self.later[name]], threads=threads)
+            for name in self.names
+        }
+
+
+class File(Protocol):
+    """A safetensors file with the tensors that go into it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What some files hold. places: by identity of the tensors."""
+
+    files: Sequence[File]
+    places: dict[tuple[Any, ...], Place]
+
+    @classmethod
+    def of(cls, files: Sequence[File]) -> Held:
+        places = {identity(t): (f.name, name) for f in files for name, t in f.tensors.items() if t.numel()}
+        return cls(files, places)
+
+    def has(self, tensor: torch.Tensor) -> bool:
+        """Whether a file holds this very tensor."""
+        return tensor.numel() > 0 and identity(tensor) in self.places
+
+    def split(self, live: Mapping[str, torch.Tensor], prints: Fingerprints) -> tuple[dict[str, str], dict[str, Place]]:
+        """(digests of what has to be hashed now, or was hashed before; where the others are)."""
+        later = {
+            name: self.places[identity(tensor)]
+            for name, tensor in live.items()
+            if self.has(tensor) and not prints.remembers(tensor)
+        }
+        return prints.of({name: tensor for name, tensor in live.items() if name not in later}), later
+
+    def digests(self, like: Collection[str]) -> set[str]:
+        """Digests of those that could be one of `like`: of the same dtype and shape."""
+        kinds = {one.partition(":")[0] for one in like}
+        every = (item for file in self.files for item in file.tensors.items())
+        return {digest(tensor, name) for name, tensor in every if signature(tensor) in kinds}
+
+
+def identity(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What two names of the very same tensor have in common; one without memory of its own is like no other."""
+    if tensor.layout is not torch.strided or not tensor.data_ptr():
+        return (id(tensor),)
+    return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), str(tensor.device))

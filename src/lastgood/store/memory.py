@@ -1,0 +1,175 @@
+"""Memory that a copy of a state is kept in, used again by every save; and how much of it there is to have."""
+
+from __future__ import annotations
+
+import mmap
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+BLOCK = 16 << 20
+"""Bytes (16 MiB) taken from the system at least."""
+ALIGN = 64
+"""Every copy begins at a multiple of so many bytes."""
+SLICE = 8 << 20
+"""Bytes faulted in by one call: the interpreter is held for no longer than that takes."""
+POPULATE_WRITE = 23
+"""madvise(2), MADV_POPULATE_WRITE: since Linux 5.14, and without a name in Python."""
+
+
+class Short(Exception):
+    """There isn't so much memory to have."""
+
+
+@dataclass(slots=True)
+class _Block:
+    memory: mmap.mmap
+    used: int = 0
+
+
+@dataclass(slots=True)
+class Arena:
+    """budget: bytes that it may hold; None: three quarters of what is free when it grows.
+
+    used: bytes handed out since `reset`. Not for several threads at once.
+    """
+
+    budget: int | None = None
+    used: int = 0
+    _blocks: list[_Block] = field(default_factory=list)
+
+    @property
+    def held(self) -> int:
+        """Bytes taken from the system."""
+        return sum(len(block.memory) for block in self._blocks)
+
+    def ready(self, count: int) -> None:
+        """Hold at least `count` bytes, faulted in: the first copy into fresh memory is four times as slow.
+
+        Raises Short.
+        """
+        missing = count - self.held
+        if missing > 0:
+            self._grow(missing)
+
+    def take(self, count: int) -> memoryview:
+        """So many bytes, writable, until the next `reset`. Raises Short."""
+        size = -(-max(count, 1) // ALIGN) * ALIGN
+        block = next((b for b in self._blocks if len(b.memory) - b.used >= size), None) or self._grow(size)
+        begin = block.used
+        block.used += size
+        self.used += count
+        return memoryview(block.memory)[begin : begin + count]
+
+    def keep(self, data: memoryview) -> memoryview:
+        """A copy. Raises Short."""
+        copy = self.take(len(data))
+        copy[:] = data
+        return copy
+
+    def reset(self) -> None:
+        """All that was handed out may be handed out again."""
+        self.used = 0
+        for block in self._blocks:
+            block.used = 0
+
+    def release(self) -> None:
+        """Give everything back to the system, as soon as nobody looks at it any more."""
+        self.used, self._blocks = 0, []
+
+    def _grow(self, count: int) -> _Block:
+        least, room = -(-count // mmap.PAGESIZE) * mmap.PAGESIZE, self._room()
+        if room is not None and least > room:  # what is held in pieces that are too small goes first
+            self._blocks = [block for block in self._blocks if block.used]
+            room = self._room()
+        size = max(least, -(-count // BLOCK) * BLOCK)
+        if room is not None and size > room:
+            size = max(least, int(room) // mmap.PAGESIZE * mmap.PAGESIZE)
+        if room is not None and size > room:
+            raise Short
+        try:
+            memory = mmap.mmap(-1, size, **_PRIVATE)
+        except (OSError, ValueError, OverflowError, MemoryError):
+            raise Short from None
+        _fault_in(memory)
+        block = _Block(memory)
+        self._blocks.append(block)
+        return block
+
+    def _room(self) -> float | None:
+        """Bytes that may still be taken; None: nobody knows."""
+        if self.budget is not None:
+            return self.budget - self.held
+        free = available()
+        return None if free is None else free * 3 / 4
+
+
+_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
+
+
+def _fault_in(memory: mmap.mmap) -> None:
+    """Large pages, where the system has some; and none of it in data workers that are forked later.
+
+    Without the last, a page that the next save writes to would be copied for each of them.
+    """
+    if not hasattr(memory, "madvise"):
+        return
+    for name in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+        with suppress(OSError, AttributeError):
+            memory.madvise(getattr(mmap, name))
+    with suppress(OSError):
+        for begin in range(0, len(memory), SLICE):
+            memory.madvise(POPULATE_WRITE, begin, min(SLICE, len(memory) - begin))
+
+
+def available() -> int | None:
+    """Bytes that can still be had without pushing anything out: of the machine, and of this process's control group.
+
+    None where the system doesn't say.
+    """
+    known = [size for size in (_machine(), _group()) if size is not None]
+    return min(known, default=None)
+
+
+def _machine() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, IndexError, StopIteration):
+        return None
+
+
+def _group() -> int | None:
+    """What the limits of control groups, of either version, leave. A page cache that can go counts as free."""
+    left = []
+    for folder, names in _groups():
+        try:
+            limit, used = (int((folder / name).read_text()) for name in names)
+            lines = (folder / "memory.stat").read_text().splitlines()
+        except (OSError, ValueError):  # "max": no limit
+            continue
+        stat = dict(line.split()[:2] for line in lines if len(line.split()) >= 2)
+        cache = stat.get("total_inactive_file", stat.get("inactive_file", "0"))
+        left.append(max(0, limit - used + (int(cache) if cache.isdigit() else 0)))
+    return min(left, default=None)
+
+
+def _groups() -> list[tuple[Path, tuple[str, str]]]:
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        number, _, rest = line.partition(":")
+        kinds, _, path = rest.partition(":")
+        if number == "0" and not kinds:
+            top, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current")
+        elif "memory" in kinds.split(","):
+            top, names = Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        inner = top / path.lstrip("/")
+        # In a container the path is the machine's, and its own group is at the top.
+        found += [(folder, names) for folder in (*([inner, *inner.parents] if inner.is_dir() else []), top)]
+    return [(folder, names) for folder, names in found if folder.is_relative_to("/sys/fs/cgroup")]
