@@ -47,8 +47,8 @@ class Staging:
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         """Write a safetensors file. Raises SaveFailed or NotEnoughSpace."""
-        _, chunks = safetensors.encode(tensors, metadata)
-        self._write(name, part, lambda path: local.write(path, chunks, sync=False))
+        size, chunks = safetensors.encode(tensors, metadata)
+        self._write(name, part, lambda path: local.write(path, chunks, size=size, sync=False))
 
     def data(self, name: str, part: str, content: bytes) -> None:
         """Write a file with this content. Raises SaveFailed or NotEnoughSpace."""
