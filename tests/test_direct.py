@@ -128,14 +128,14 @@ def test_every_edge_of_blocks_pieces_and_buffers(place: Path) -> None:
 
 
 def test_with_the_sizes_that_are_in_use(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"BUFFER": 4 << 20, "PIECE": 1 << 19, "LARGE": 16 << 20, "_idle": []}.items():
+    for name, value in {"BUFFER": 8 << 20, "PIECE": 1 << 19, "LARGE": 16 << 20, "_idle": []}.items():
         monkeypatch.setattr(direct, name, value)
     watched = Watched()
     for size in (direct.LARGE - 1, direct.LARGE, direct.LARGE + 4097):
         with using(watched):
             entry = written(disk / str(size), [content(size)])
         assert entry == local.digest(disk / str(size)) and entry.size == size
-    assert [w.direct for w in watched.writes] == [False, *[True] * 4, *[True] * 5, False]
+    assert [w.direct for w in watched.writes] == [False, *[True] * 2, *[True] * 3, False]
     assert watched.writes[-1].count == 1
 
 

@@ -6,10 +6,11 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from lastgood.errors import LastgoodError, NotEnoughSpace, SaveFailed
 from lastgood.format import tensors as safetensors
@@ -20,6 +21,15 @@ from lastgood.store import local
 from lastgood.store.quota import left
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class File(NamedTuple):
+    """A safetensors file that is to be written."""
+
+    name: str
+    part: str
+    tensors: Iterable[safetensors.Tensor]
+    metadata: Mapping[str, str] | None = None
 
 
 @dataclass(slots=True)
@@ -47,8 +57,28 @@ class Staging:
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         """Write a safetensors file. Raises SaveFailed or NotEnoughSpace."""
-        size, chunks = safetensors.encode(tensors, metadata)
-        self._write(name, part, lambda path: local.write(path, chunks, size=size, sync=False))
+        self.together([File(name, part, tensors, metadata)])
+
+    def together(self, files: Sequence[File]) -> None:
+        """Write safetensors files, two at the same time: while one waits for the disk, the other is hashed.
+
+        Raises SaveFailed or NotEnoughSpace.
+        """
+        written: dict[str, FileEntry] = {}
+
+        def write(file: File) -> None:
+            path = self.directory / file.name
+            with explained(path):
+                local.make_parents(path, self.directory)
+                size, chunks = safetensors.encode(file.tensors, file.metadata)
+                written[file.name] = local.write(path, chunks, size=size, sync=False)
+
+        try:
+            local.at_once(write, files, limit=min(2, len(files)))
+        finally:  # also of a save that fails it is good to know how much room it took
+            for file in files:
+                if file.name in written:
+                    self._add(file.name, file.part, written[file.name])
 
     def data(self, name: str, part: str, content: bytes) -> None:
         """Write a file with this content. Raises SaveFailed or NotEnoughSpace."""

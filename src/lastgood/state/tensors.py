@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from blake3 import blake3
@@ -62,6 +62,11 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
         return False
     mine = left.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return torch.equal(mine, right.detach().cpu().contiguous().reshape(-1).view(torch.uint8))
+
+
+def ready(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether `to_bytes` copies none of them: then all may be asked for at once."""
+    return all(t.is_cpu and t.is_contiguous() and not (t.is_conj() or t.is_neg()) for t in tensors)
 
 
 def named(tensors: Mapping[str, torch.Tensor]) -> list[Tensor]:

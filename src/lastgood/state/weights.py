@@ -10,7 +10,7 @@ restore each live tensor is found by its digest, whatever its name on disk.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +19,12 @@ from typing import Any
 import torch
 
 from lastgood.errors import Incompatible, IncompleteRestore
+from lastgood.repo.staging import File, Staging
 from lastgood.state.conversions import converted
 from lastgood.state.fingerprint import Fingerprints, live_tensors
 from lastgood.state.match import some
 from lastgood.state.optimizer import clean
-from lastgood.state.tensors import digest, same_bits, signature
+from lastgood.state.tensors import digest, named, ready, same_bits, signature
 
 WRITERS = (
     ("transformers.modeling_utils", "safe_save_file"),
@@ -43,6 +44,17 @@ class TensorFile:
     name: str
     tensors: dict[str, torch.Tensor]
     metadata: dict[str, str] | None
+
+
+def stage(staging: Staging, files: Sequence[tuple[str, TensorFile]]) -> None:
+    """Write files of (part, tensors), the large ones together, but for tensors that have to be copied to be written:
+    of those one file at a time is in memory. Nothing may change any of the tensors meanwhile.
+    """
+    if all(ready(file.tensors.values()) for _, file in files):
+        staging.together([File(file.name, part, named(file.tensors), file.metadata) for part, file in files])
+    else:
+        for part, file in files:
+            staging.tensors(file.name, part, named(file.tensors), file.metadata)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from lastgood.store import fs
 LARGE = 16 << 20
 """Bytes from which a file is written in this way. Below, the buffered way is no slower, and takes fewer calls."""
 
-BUFFER = 4 << 20
+BUFFER = 8 << 20
 """Bytes of a buffer: the disk is asked so much at a time."""
 
 BUFFERS = 3
@@ -45,7 +45,7 @@ must stay open then, or the number would soon be that of another file, and that 
 
 _idle: list[list[memoryview]] = []
 _KEPT = 2
-"""Sets of buffers that stay for the next file (12 MiB each): so many files are written at the same time."""
+"""Sets of buffers that stay for the next file (24 MiB each): so many files are written at the same time."""
 
 
 def begin(handle: int, size: int) -> bool:

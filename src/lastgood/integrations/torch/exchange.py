@@ -17,6 +17,7 @@ from lastgood.state.match import Match
 from lastgood.state.rng import Rng
 from lastgood.state.saved import Saved
 from lastgood.state.stream import Once
+from lastgood.state.weights import TensorFile
 
 STANDARD = {"optimizer": "optimizer", "scheduler": "scheduler", "scaler": "scaler", "dataloader": "data"}
 """Parts that every reader of resume.json knows -> their keys there; any other part is under `parts`."""
@@ -26,6 +27,8 @@ STANDARD = {"optimizer": "optimizer", "scheduler": "scheduler", "scaler": "scale
 class Writing:
     """One save. live: every tensor of every model by name; values: goes to resume.json, tensors: beside it.
 
+    files: of the models, written when every part has said what it holds: a part's own state_dict() may borrow tensors.
+
     digests: goes to tensors.json. full: False for a checkpoint of the weights alone.
     """
 
@@ -34,6 +37,7 @@ class Writing:
     full: bool = True
     values: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    files: list[TensorFile] = field(default_factory=list)
     digests: dict[str, Any] = field(default_factory=dict)
 
     def put(self, name: str, value: Any) -> None:

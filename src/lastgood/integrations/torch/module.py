@@ -17,7 +17,6 @@ from lastgood.state.fingerprint import live_tensors
 from lastgood.state.match import Match
 from lastgood.state.optimizer import clean
 from lastgood.state.partial import by_name
-from lastgood.state.tensors import named
 from lastgood.state.weights import Coverage, TensorFile, taken_over
 
 EXTRA_STATE = "_extra_state"
@@ -85,8 +84,7 @@ class Model:
         digests, extras = self._coverage.extras(self.module, live, files)
         if extras:
             files.append(TensorFile(self._path("extra.safetensors"), extras, {"format": "pt"}))
-        for file in files:
-            out.staging.tensors(file.name, "model", named(file.tensors), file.metadata)
+        out.files += files
         about |= {"tensors": digests, "files": [file.name for file in files]}
         computed = weights.computed(self.module) & set(digests)
         about["unstored"], about["transient"] = sorted(computed - set(extras)), sorted(computed & set(extras))

@@ -17,7 +17,7 @@ from lastgood.repo.staging import Staging
 from lastgood.state import facts as about
 from lastgood.state import rng
 from lastgood.state.saved import DIGESTS, RESUME, STATE
-from lastgood.state.tensors import named
+from lastgood.state.weights import TensorFile, stage
 
 
 def write(staging: Staging, parts: Sequence[Part], boundary: Boundary, epoch: float) -> None:
@@ -25,9 +25,11 @@ def write(staging: Staging, parts: Sequence[Part], boundary: Boundary, epoch: fl
     out = Writing(staging, live=live(parts))
     for part in parts:
         part.write(out)
-    staging.data(DIGESTS, "model", _json({"format": 1, "tensors": {}, **out.digests}))
+    files = [("model", file) for file in out.files]
     if out.tensors:
-        staging.tensors(STATE, "optimizer", named(out.tensors), {"format": "pt"})
+        files.append(("optimizer", TensorFile(STATE, out.tensors, {"format": "pt"})))
+    stage(staging, files)
+    staging.data(DIGESTS, "model", _json({"format": 1, "tensors": {}, **out.digests}))
     resume = {
         "format": 1,
         **out.values,

@@ -19,8 +19,7 @@ from lastgood.repo.staging import Staging
 from lastgood.state import optimizer, rng, tree
 from lastgood.state.data import Position
 from lastgood.state.rng import Rng
-from lastgood.state.tensors import named
-from lastgood.state.weights import Coverage, aliases, computed, taken_over
+from lastgood.state.weights import Coverage, TensorFile, aliases, computed, stage, taken_over
 
 TENSOR_METADATA = {"format": "pt"}
 
@@ -56,10 +55,15 @@ def write(
     with taken_over(staging.path) as files, _same_card(trainer.model, card):
         trainer.save_model(staging.path, _internal_call=True)
     digests, beside = coverage.extras(trainer.model, live, files)
-    for file in files:
-        staging.tensors(file.name, "model", named(file.tensors), file.metadata)
+    state = trainer_state(trainer)
+    resume: dict[str, Any] | None = None
+    large = [("model", file) for file in files]
     if beside:
-        staging.tensors("extra.safetensors", "model", named(beside), TENSOR_METADATA)
+        large.append(("model", TensorFile("extra.safetensors", beside, TENSOR_METADATA)))
+    if not trainer.args.save_only_model:
+        resume, tensors = _resume_state(trainer, live, moment)
+        large.append(("optimizer", TensorFile("optimizer.safetensors", tensors, TENSOR_METADATA)))
+    stage(staging, large)  # no callback and no optimizer has a word any more while the tensors are read
     made = computed(trainer.model) & set(digests)
     unstored, transient = sorted(made - set(beside)), sorted(made & set(beside))
     tied = aliases(trainer.model, files)
@@ -73,9 +77,9 @@ def write(
     staging.data("tensors.json", "model", _json(about))
     for name in guard.NAMES:
         staging.data(name, "model", guard.content(name))
-    staging.data("trainer_state.json", "model", trainer_state(trainer))
-    if not trainer.args.save_only_model:
-        _write_resume_state(trainer, staging, live, moment)
+    staging.data("trainer_state.json", "model", state)
+    if resume is not None:
+        staging.data("resume.json", "progress", _json(resume))
     staging.adopt("model")
 
 
@@ -102,7 +106,10 @@ def _same_card(model: Any, card: dict[str, bytes]) -> Iterator[None]:
         del model.__dict__["create_or_update_model_card"]
 
 
-def _write_resume_state(trainer: Any, staging: Staging, live: Mapping[str, torch.Tensor], moment: Moment) -> None:
+def _resume_state(
+    trainer: Any, live: Mapping[str, torch.Tensor], moment: Moment
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What a resume needs beside the model, and the tensors of it."""
     values, tensors = optimizer.capture(trainer.optimizer, live)
     scaler = getattr(trainer.accelerator, "scaler", None)
     resume = {
@@ -124,8 +131,7 @@ def _write_resume_state(trainer: Any, staging: Staging, live: Mapping[str, torch
             "last_logged_step": trainer._globalstep_last_logged,
         },
     }
-    staging.tensors("optimizer.safetensors", "optimizer", named(tensors), TENSOR_METADATA)
-    staging.data("resume.json", "progress", _json(resume))
+    return resume, tensors
 
 
 def callback_states(trainer: Any) -> list[dict[str, Any]]:
