@@ -9,6 +9,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,9 @@ from lastgood.model import FileEntry
 from lastgood.repo.layout import hidden, new_id, plain
 from lastgood.store import local
 from lastgood.store.quota import left
+
+TOGETHER = 3
+"""Files that are written at the same time; each has buffers of its own (`store.direct`)."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -59,10 +63,10 @@ class Staging:
         """Write a safetensors file. Raises SaveFailed or NotEnoughSpace."""
         self.together([File(name, part, tensors, metadata)])
 
-    def together(self, files: Sequence[File]) -> None:
-        """Write safetensors files, two at the same time: while one waits for the disk, the other is hashed.
+    def together(self, files: Sequence[File], beside: Callable[[], None] | None = None) -> None:
+        """Write safetensors files, several at the same time: while one waits for the disk, others are hashed.
 
-        Raises SaveFailed or NotEnoughSpace.
+        beside: work that is done meanwhile. Raises SaveFailed or NotEnoughSpace.
         """
         written: dict[str, FileEntry] = {}
 
@@ -74,7 +78,8 @@ class Staging:
                 written[file.name] = local.write(path, chunks, size=size, sync=False)
 
         try:
-            local.at_once(write, files, limit=min(2, len(files)))
+            acts = [partial(write, file) for file in files] + ([] if beside is None else [beside])
+            local.at_once(lambda act: act(), acts, limit=min(TOGETHER, len(acts)))
         finally:  # also of a save that fails it is good to know how much room it took
             for file in files:
                 if file.name in written:

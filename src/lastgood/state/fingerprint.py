@@ -47,3 +47,21 @@ class Fingerprints:
                 known = self._frozen[name] = (key, digest(tensor, name))
             digests[name] = known[1]
         return digests
+
+
+class Digests:
+    """Those of one moment of a model, each hashed when it is first asked for: nothing may change until all are."""
+
+    def __init__(self, prints: Fingerprints, live: Mapping[str, torch.Tensor]) -> None:
+        self._prints = prints
+        self._live = live
+        self._known: dict[str, str] = {}
+
+    def __getitem__(self, name: str) -> str:
+        if name not in self._known:
+            self._known |= self._prints.of({name: self._live[name]})
+        return self._known[name]
+
+    def all(self) -> dict[str, str]:
+        """name -> digest, in the order of the model."""
+        return {name: self[name] for name in self._live}

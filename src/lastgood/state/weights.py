@@ -21,7 +21,7 @@ import torch
 from lastgood.errors import Incompatible, IncompleteRestore
 from lastgood.repo.staging import File, Staging
 from lastgood.state.conversions import converted
-from lastgood.state.fingerprint import Fingerprints, live_tensors
+from lastgood.state.fingerprint import Digests, Fingerprints, live_tensors
 from lastgood.state.match import some
 from lastgood.state.optimizer import clean
 from lastgood.state.tensors import digest, named, ready, same_bits, signature
@@ -46,13 +46,20 @@ class TensorFile:
     metadata: dict[str, str] | None
 
 
-def stage(staging: Staging, files: Sequence[tuple[str, TensorFile]]) -> None:
-    """Write files of (part, tensors), the large ones together, but for tensors that have to be copied to be written:
-    of those one file at a time is in memory. Nothing may change any of the tensors meanwhile.
+def stage(staging: Staging, files: Sequence[tuple[str, TensorFile]], *digests: Digests) -> None:
+    """Write files of (part, tensors) at the same time and have the digests made; no tensor may change meanwhile.
+
+    Tensors that have to be copied to be written, as from a GPU, go one file after the other: one of them is in memory.
     """
+
+    def make() -> None:
+        for of_model in digests:
+            of_model.all()
+
     if all(ready(file.tensors.values()) for _, file in files):
-        staging.together([File(file.name, part, named(file.tensors), file.metadata) for part, file in files])
+        staging.together([File(file.name, part, named(file.tensors), file.metadata) for part, file in files], make)
     else:
+        make()
         for part, file in files:
             staging.tensors(file.name, part, named(file.tensors), file.metadata)
 
@@ -130,20 +137,25 @@ class Coverage:
 
     def extras(
         self, model: torch.nn.Module, live: Mapping[str, torch.Tensor], files: list[TensorFile]
-    ) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-        """(digests of all live tensors, the live tensors that `files` would not bring back)."""
-        digests = self.prints.of(live)
-        held = _digests_of(files, live, digests)
+    ) -> tuple[Digests, dict[str, torch.Tensor]]:
+        """(digests of all live tensors, the live tensors that `files` would not bring back).
+
+        A tensor that is itself in a file is brought back by that, whatever its digest is, which may wait therefore.
+        """
+        digests = Digests(self.prints, live)
+        stored = {identity(tensor) for file in files for tensor in file.tensors.values() if tensor.numel()}
         # What is neither trained nor changed comes with the model: the frozen base under an adapter, which
         # no adapter checkpoint stores, and buffers that are computed when the model is built.
         own = set() if hasattr(model, "peft_config") else {clean(name) for name in model.state_dict()}
-        lost = [
+        apart = [
             name
             for name, tensor in live.items()
-            if digests[name] not in held
+            if identity(tensor) not in stored
             and name not in self.proven
             and (tensor.requires_grad or name in own or self.initial.get(name) != digests[name])
         ]
+        held = _digests_of(files, live, digests) if apart else set()
+        lost = [name for name in apart if digests[name] not in held]
         untried = [name for name in lost if name not in self.stored]
         if untried:
             saved = {name: tensor for file in files for name, tensor in file.tensors.items()}
@@ -154,11 +166,12 @@ class Coverage:
         return digests, {name: live[name] for name in lost if name in self.stored}
 
 
-def _digests_of(files: list[TensorFile], live: Mapping[str, torch.Tensor], digests: Mapping[str, str]) -> set[str]:
+def _digests_of(files: list[TensorFile], live: Mapping[str, torch.Tensor], digests: Digests) -> set[str]:
     """Digests of the tensors in `files`; those that are live tensors themselves aren't hashed twice."""
-    known = {identity(tensor): digests[name] for name, tensor in live.items() if tensor.numel()}
+    known = {identity(tensor): name for name, tensor in live.items() if tensor.numel()}
     saved = [(name, tensor) for file in files for name, tensor in file.tensors.items()]
-    return {known.get(identity(tensor)) or digest(tensor, name) for name, tensor in saved}
+    found = ((name, tensor, known.get(identity(tensor))) for name, tensor in saved)
+    return {digest(tensor, name) if same is None else digests[same] for name, tensor, same in found}
 
 
 def aliases(model: torch.nn.Module, files: Iterable[TensorFile]) -> dict[str, str]:

@@ -13,6 +13,7 @@ from lastgood.integrations.torch.stamp import Stamp
 from lastgood.repo.staging import Staging
 from lastgood.report import Change
 from lastgood.state import rng
+from lastgood.state.fingerprint import Digests
 from lastgood.state.match import Match
 from lastgood.state.rng import Rng
 from lastgood.state.saved import Saved
@@ -28,6 +29,7 @@ class Writing:
     """One save. live: every tensor of every model by name; values: goes to resume.json, tensors: beside it.
 
     files: of the models, written when every part has said what it holds: a part's own state_dict() may borrow tensors.
+    later: where digests belong under "tensors" that are made meanwhile.
 
     digests: goes to tensors.json. full: False for a checkpoint of the weights alone.
     """
@@ -38,6 +40,7 @@ class Writing:
     values: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     files: list[TensorFile] = field(default_factory=list)
+    later: list[tuple[dict[str, Any], Digests]] = field(default_factory=list)
     digests: dict[str, Any] = field(default_factory=dict)
 
     def put(self, name: str, value: Any) -> None:

@@ -85,13 +85,12 @@ class Model:
         if extras:
             files.append(TensorFile(self._path("extra.safetensors"), extras, {"format": "pt"}))
         out.files += files
-        about |= {"tensors": digests, "files": [file.name for file in files]}
-        computed = weights.computed(self.module) & set(digests)
+        about["files"] = [file.name for file in files]
+        computed = weights.computed(self.module) & set(live)
         about["unstored"], about["transient"] = sorted(computed - set(extras)), sorted(computed & set(extras))
-        if self.name == "model":
-            out.digests.update(about)
-        else:
-            out.digests.setdefault("modules", {})[self.name] = about
+        place = out.digests if self.name == "model" else out.digests.setdefault("modules", {}).setdefault(self.name, {})
+        place.update(about)
+        out.later.append((place, digests))
 
     def _path(self, file: str) -> str:
         return file if self.name == "model" else f"{self.name}/{file}" if self._pretrained else f"{self.name}.{file}"

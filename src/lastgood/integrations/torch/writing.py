@@ -28,7 +28,9 @@ def write(staging: Staging, parts: Sequence[Part], boundary: Boundary, epoch: fl
     files = [("model", file) for file in out.files]
     if out.tensors:
         files.append(("optimizer", TensorFile(STATE, out.tensors, {"format": "pt"})))
-    stage(staging, files)
+    stage(staging, files, *(digests for _, digests in out.later))
+    for place, digests in out.later:
+        place["tensors"] = digests.all()
     staging.data(DIGESTS, "model", _json({"format": 1, "tensors": {}, **out.digests}))
     resume = {
         "format": 1,

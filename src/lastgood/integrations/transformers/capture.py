@@ -63,13 +63,13 @@ def write(
     if not trainer.args.save_only_model:
         resume, tensors = _resume_state(trainer, live, moment)
         large.append(("optimizer", TensorFile("optimizer.safetensors", tensors, TENSOR_METADATA)))
-    stage(staging, large)  # no callback and no optimizer has a word any more while the tensors are read
-    made = computed(trainer.model) & set(digests)
+    stage(staging, large, digests)  # no callback and no optimizer has a word any more while the tensors are read
+    made = computed(trainer.model) & set(live)
     unstored, transient = sorted(made - set(beside)), sorted(made & set(beside))
     tied = aliases(trainer.model, files)
     about = {
         "format": 1,
-        "tensors": digests,
+        "tensors": digests.all(),
         "unstored": unstored,
         "transient": transient,
         **({"aliases": tied} if tied else {}),
