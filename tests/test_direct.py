@@ -15,13 +15,18 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lastgood import CheckpointManager
+from lastgood.errors import SaveFailed
+from lastgood.format.tensors import Tensor
 from lastgood.model import FileEntry
+from lastgood.repo.staging import File, open_staging
 from lastgood.store import direct, local
 from lastgood.testing import Crash, Cut, Fault, Faulty, FileSystem, Recorder, cuts, using
 
@@ -359,3 +364,67 @@ def test_I1_I2_I3_I4_a_save_whose_files_all_go_past_the_page_cache(
 
 def _writers() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "lastgood-write"]
+
+
+# ---- several files at the same time -------------------------------------------------------
+
+
+def _entry(name: str, count: int) -> Tensor:
+    return Tensor(name, "U8", (count,), memoryview(content(count)))
+
+
+def test_files_are_registered_in_their_order_and_one_that_fails_is_named(disk: Path) -> None:
+    staging = open_staging(disk)
+    names = [f"{letter}.safetensors" for letter in "dacb"]
+    staging.together([File(name, "model", [_entry("w", 5 * BUFFER)]) for name in names])
+    assert list(staging.files) == names == staging.parts["model"]
+    assert all(staging.files[name] == local.digest(staging.directory / name) for name in names)
+    staging.data("plain", "model", b"")
+    with pytest.raises(SaveFailed, match="plain"):
+        staging.together([File("e", "model", [_entry("w", BUFFER)]), File("plain/f", "model", [_entry("w", BUFFER)])])
+    assert list(staging.files) == [*names, "plain", "e"]
+    staging.discard()
+    assert not staging.directory.exists()
+
+
+class Borrowing:
+    """A part whose state_dict() uses the model's own memory for a moment, as some averages of weights do."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+
+    def state_dict(self) -> dict[str, int]:
+        """It is there again when this returns."""
+        with torch.no_grad():
+            kept = [parameter.clone() for parameter in self.model.parameters()]
+            for parameter in self.model.parameters():
+                parameter.zero_()
+            threading.Event().wait(0.02)
+            for parameter, value in zip(self.model.parameters(), kept, strict=True):
+                parameter.copy_(value)
+        return {"calls": 1}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Nothing to put back."""
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_a_part_that_borrows_the_models_memory_spoils_no_file(disk: Path, contiguous: bool) -> None:
+    def parts() -> dict[str, Any]:
+        model = torch.nn.Sequential(torch.nn.Linear(200, 300), torch.nn.Linear(300, 20))
+        if not contiguous:  # such tensors are copied to be written, and go another way
+            model[0].weight = torch.nn.Parameter(torch.randn(200, 300).t())
+        optimizer = torch.optim.AdamW(model.parameters())
+        model(torch.randn(4, 200)).sum().backward()
+        optimizer.step()
+        return {"borrowing": Borrowing(model), "model": model, "optimizer": optimizer}
+
+    first = parts()
+    with CheckpointManager(disk / "run", **first, on_error="raise", save_steps=1) as saving:
+        saving.restore()
+        saving.step(1)
+    second = parts()
+    with CheckpointManager(disk / "run", **second) as restoring:
+        assert restoring.restore("last") == 1
+    for mine, saved in zip(second["model"].parameters(), first["model"].parameters(), strict=True):
+        assert torch.equal(mine, saved)
