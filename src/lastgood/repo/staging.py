@@ -18,7 +18,7 @@ from lastgood.format import tensors as safetensors
 from lastgood.format.manifest import safe_name
 from lastgood.model import FileEntry
 from lastgood.repo.layout import hidden, new_id, plain
-from lastgood.store import local
+from lastgood.store import direct, local
 from lastgood.store.quota import left
 
 TOGETHER = 3
@@ -68,18 +68,20 @@ class Staging:
 
         beside: work that is done meanwhile. Raises SaveFailed or NotEnoughSpace.
         """
+        encoded = [(file, *safetensors.encode(file.tensors, file.metadata)) for file in files]
+        # Small files are there before a thread has begun.
+        limit = TOGETHER if any(size >= direct.LARGE for _, size, _ in encoded) else 1
         written: dict[str, FileEntry] = {}
 
-        def write(file: File) -> None:
+        def write(file: File, size: int, chunks: Iterator[bytes | memoryview]) -> None:
             path = self.directory / file.name
             with explained(path):
                 local.make_parents(path, self.directory)
-                size, chunks = safetensors.encode(file.tensors, file.metadata)
                 written[file.name] = local.write(path, chunks, size=size, sync=False)
 
         try:
-            acts = [partial(write, file) for file in files] + ([] if beside is None else [beside])
-            local.at_once(lambda act: act(), acts, limit=min(TOGETHER, len(acts)))
+            acts = [partial(write, *one) for one in encoded] + ([] if beside is None else [beside])
+            local.at_once(lambda act: act(), acts, limit=limit)
         finally:  # also of a save that fails it is good to know how much room it took
             for file in files:
                 if file.name in written:
