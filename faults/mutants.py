@@ -86,9 +86,9 @@ MUTANTS: Sequence[Mutant] = (
     Mutant(
         "a short write taken for a whole one",
         "store/local.py",
-        "                    view = view[fs.system.write(handle, view) :]\n",
-        "                    fs.system.write(handle, view)\n                    view = view[len(view) :]\n"
-        "                    total = os.fstat(handle).st_size\n",
+        "            view = view[fs.system.write(handle, view) :]\n",
+        "            fs.system.write(handle, view)\n            view = view[len(view) :]\n"
+        "            total = os.fstat(handle).st_size\n",
         "error next_save(three) 3",
     ),
     Mutant(

@@ -54,7 +54,8 @@ def test_I3_I19_a_failed_save_under_warn_costs_that_checkpoint_alone(size: int, 
 
 
 def test_I3_I19_under_raise_it_ends_the_run_with_a_typed_error(tmp_path: Path) -> None:
-    assert forked.run(failing, tmp_path / "run", "raise", 5000, log=tmp_path / "log") == 1
+    # The log, a file under the same limit, has to hold the whole traceback.
+    assert forked.run(failing, tmp_path / "run", "raise", 20_000, log=tmp_path / "log") == 1
     assert "lastgood.errors.SaveFailed" in (tmp_path / "log").read_text()
     records = lastgood.open(tmp_path / "run").checkpoints
     assert [record.step for record in records] == [2]

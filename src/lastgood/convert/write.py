@@ -207,7 +207,8 @@ def _weights(content: Content, folder: Path) -> None:
 
 
 def _safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    local.write(path, safetensors.encode(named(tensors), {"format": "pt"})[1], sync=False)
+    size, chunks = safetensors.encode(named(tensors), {"format": "pt"})
+    local.write(path, chunks, size=size, sync=False)
 
 
 def _copy(content: Content, folder: Path) -> None:

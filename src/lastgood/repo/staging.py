@@ -56,8 +56,8 @@ class Staging:
     ) -> tuple[safetensors.Tensor, ...]:
         """Write a safetensors file; returns what is in it. Raises SaveFailed or NotEnoughSpace."""
         entries = tuple(tensors)
-        _, chunks = safetensors.encode(entries, metadata)
-        self._write(name, part, lambda path: local.write(path, chunks, sync=False))
+        size, chunks = safetensors.encode(entries, metadata)
+        self._write(name, part, lambda path: local.write(path, chunks, size=size, sync=False))
         return entries
 
     def data(self, name: str, part: str, content: Content) -> None:

@@ -20,7 +20,7 @@ from typing import TypeVar
 from blake3 import blake3
 
 from lastgood.model import FileEntry
-from lastgood.store import fs
+from lastgood.store import direct, fs
 
 BLOCK = 1 << 20
 """Bytes read at a time when a file is hashed (1 MiB): they stay in the cache of the processor, and the interpreter,
@@ -47,30 +47,40 @@ T = TypeVar("T")
 Buffer = bytes | bytearray | memoryview
 
 
-def write(path: Path, chunks: Iterable[Buffer], *, sync: bool = True) -> FileEntry:
+def write(path: Path, chunks: Iterable[Buffer], *, size: int | None = None, sync: bool = True) -> FileEntry:
     """Create `path` with these bytes; on an error it doesn't exist.
 
+    size: how many there are, if that is known: a large file goes past the page cache then, where that is possible.
     sync: durable when this returns, but for its directory entry; otherwise `sync_files` has to follow.
     """
-    hasher, total = blake3(), 0
     handle = fs.system.open(path, _NEW)
     try:
         try:
-            for chunk in chunks:
-                view = memoryview(chunk).cast("B")
-                hasher.update(view)
-                total += len(view)
-                while view:
-                    view = view[fs.system.write(handle, view) :]
-            if os.fstat(handle).st_size != total:
+            if size is not None and size >= direct.LARGE and direct.begin(handle, size):
+                entry = direct.write(handle, chunks)
+            else:
+                entry = _fill(handle, chunks)
+            if os.fstat(handle).st_size != entry.size:
                 raise OSError(5, "the file has another length than was written", os.fspath(path))
             if sync:
                 fs.system.sync(handle)
         finally:
-            fs.system.close(handle)
+            if handle not in direct.busy:
+                fs.system.close(handle)
     except BaseException:
         fs.system.unlink(path)
         raise
+    return entry
+
+
+def _fill(handle: int, chunks: Iterable[Buffer]) -> FileEntry:
+    hasher, total = blake3(), 0
+    for chunk in chunks:
+        view = memoryview(chunk).cast("B")
+        hasher.update(view)
+        total += len(view)
+        while view:
+            view = view[fs.system.write(handle, view) :]
     return FileEntry(size=total, blake3=hasher.hexdigest())
 
 

@@ -22,6 +22,9 @@ before: the call isn't made any more; after: it was, and nothing after it; torn:
 LIES = ("short", "lost-sync")
 """short: half of what is written is, and the call says so. lost-sync: it says that it is done, and nothing is."""
 
+BLOCK = 4096
+"""Bytes that a disk writes all or none of."""
+
 _TEXT = re.compile(r"(\d+):([A-Za-z-]+)(:sticky)?")
 
 
@@ -126,6 +129,12 @@ class Faulty(FileSystem):
     def clone(self, source: int, target: int) -> None:
         self._call("clone", True, super().clone, source, target)
 
+    def unbuffered(self, handle: int, on: bool) -> None:
+        self._call("unbuffered", True, super().unbuffered, handle, on)
+
+    def allocate(self, handle: int, size: int) -> None:
+        self._call("allocate", True, super().allocate, handle, size)
+
     def read(self, handle: int, count: int) -> bytes:
         return bytes(self._call("read", False, super().read, handle, count))
 
@@ -175,6 +184,10 @@ class Faulty(FileSystem):
         raise OSError(number, os.strerror(number), None if isinstance(args[0], int) else os.fspath(args[0]))
 
 
-def _half(data: bytes | memoryview) -> bytes:
-    """At least one byte, or a caller that writes until all is written would never end."""
-    return bytes(data)[: max(1, len(data) // 2)]
+def _half(data: bytes | memoryview) -> bytes | memoryview:
+    """At least one byte, or a caller that writes until all is written would never end.
+
+    Whole blocks of the very same memory, if it has some: nothing else may be written past the page cache.
+    """
+    count = len(data) // 2
+    return memoryview(data)[: max(1, count - count % BLOCK if count > BLOCK else count)]

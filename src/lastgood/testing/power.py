@@ -105,12 +105,11 @@ def _node(event: Event) -> int | None:
 
 def _hurt(event: Event, how: str) -> Event | None:
     assert isinstance(event, Filled)
-    fresh = len(event.content) - event.before
     if how == "missing":
         return None
     if how == "zeroes":
-        return event._replace(content=event.content[: event.before] + bytes(fresh))
-    return event._replace(content=event.content[: event.before + fresh // 2])
+        return event._replace(content=bytes(len(event.content)))
+    return event._replace(content=event.content[: len(event.content) // 2])
 
 
 def _key(files: dict[str, bytes | None]) -> bytes:

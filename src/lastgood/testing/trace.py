@@ -32,11 +32,12 @@ class Moved(NamedTuple):
 
 
 class Filled(NamedTuple):
-    """What a file holds from now on, and how much of that it held before."""
+    """What a file holds from byte `at` on. whole: and nothing behind it, so that it may be shorter than before."""
 
     node: Node
     content: bytes
-    before: int
+    at: int
+    whole: bool = False
 
 
 class Synced(NamedTuple):
@@ -61,7 +62,10 @@ class Tree:
     def apply(self, event: Event) -> None:
         """As the disk would. What doesn't fit any more is left out: its directory may be gone."""
         if isinstance(event, Filled):
-            self.nodes[event.node] = event.content
+            old = self.nodes[event.node]
+            assert isinstance(old, bytes)
+            behind = b"" if event.whole else old[event.at + len(event.content) :]
+            self.nodes[event.node] = old[: event.at].ljust(event.at, b"\0") + event.content + behind
         elif isinstance(event, Named):
             place = self._place(event.place)
             if event.node is None:
@@ -125,11 +129,15 @@ class Recorder(FileSystem):
     def write(self, handle: int, data: bytes | memoryview) -> int:
         node = self._node(self._open[handle]) if handle in self._open else None  # as it is before
         count = super().write(handle, data)
-        if node is not None:
-            old = self.now.nodes[node]
-            assert isinstance(old, bytes)
-            self._did(Filled(node, old + bytes(data)[:count], len(old)))
+        if node is not None:  # where it is now is where the write ended, also of a file that is only appended to
+            self._did(Filled(node, bytes(data)[:count], os.lseek(handle, 0, os.SEEK_CUR) - count))
         return count
+
+    def allocate(self, handle: int, size: int) -> None:
+        node = self._node(self._open[handle]) if handle in self._open else None
+        super().allocate(handle, size)
+        if node is not None:
+            self._did(Filled(node, bytes(size), 0))
 
     def sync(self, handle: int) -> None:
         super().sync(handle)
@@ -199,7 +207,7 @@ class Recorder(FileSystem):
         else:
             content = path.read_bytes()
             if content != known:
-                self._did(Filled(node, content, 0))
+                self._did(Filled(node, content, 0, whole=True))
 
     def _moved(self, source: AnyPath, target: AnyPath) -> None:
         old, new = Path(os.path.abspath(source)), Path(os.path.abspath(target))

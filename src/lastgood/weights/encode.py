@@ -74,9 +74,9 @@ def write(
 
     Raises UsageError if `path` exists, SaveFailed if it can't be written.
     """
-    _, chunks = encode_slots(entries, blocks, {"format": "pt"} if metadata is None else metadata)
+    size, chunks = encode_slots(entries, blocks, {"format": "pt"} if metadata is None else metadata)
     try:
-        local.write(path, chunks)
+        local.write(path, chunks, size=size)
         local.sync_dir(path.parent)
     except FileExistsError as error:
         raise UsageError(f"{path} exists already", hint="choose a new name, or move the file away") from error
