@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Trainer, TrainerCallback
 
 import lastgood
 import loops
@@ -109,6 +110,32 @@ def test_I1_I8_killed_and_resumed_equals_uninterrupted(case: Case, tmp_path: Pat
         assert forked.run(trained, case, tmp_path / "b", broken, number, kill=kill, log=log) == -9, log.read_text()
     assert forked.run(trained, case, tmp_path / "b", broken, 9, log=log) == 0, log.read_text()
     assert json.loads(broken.read_text()) == json.loads(straight.read_text()), log.read_text()
+
+
+class Adds(Trainer):
+    """As trl's GRPO does where it controls entropy: something of its own goes into the checkpoint behind the save."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        (Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}" / "mine.json").write_text("{}")
+
+
+class Uploads(TrainerCallback):
+    """As a callback of a service does: reads what it is told of."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert (Path(args.output_dir) / f"checkpoint-{state.global_step}" / "lastgood.json").exists()
+
+
+@pytest.mark.parametrize("who", ["trainer", "callback"])
+def test_who_looks_into_a_checkpoint_finds_it(who: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer: Any = Case("looked at").trainer(tmp_path, *([Uploads()] if who == "callback" else []))
+    if who == "trainer":
+        trainer.__class__ = Adds
+    with fs.using(Late(0)):
+        lastgood.manage(trainer, background=True).train()
+    assert [record.step for record in records(tmp_path)] == [2, 4, 6, 8]
+    assert caplog.text.count("Adds._save_checkpoint" if who == "trainer" else "Uploads.on_save") == 1
 
 
 def looped(name: str, root: Path, out: Path, seed: int, kill: int = -1, background: bool = True) -> None:

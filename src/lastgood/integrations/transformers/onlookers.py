@@ -1,4 +1,7 @@
-"""Callbacks that read the checkpoint they are told of: before they are told, it has to be there."""
+"""Who looks into a checkpoint right behind its save: callbacks that upload it, trainers that add a file to it.
+
+They are told of a step, and make the directory's name from it: it has to be there by then.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,19 @@ QUIET: dict[str, str] = {
 """Those of transformers whose on_save does something only where this attribute says so ("": it never does)."""
 
 
-def readers(callbacks: list[Any]) -> Iterator[str]:
-    """Names of the classes that may look into a checkpoint in their on_save."""
+def onlookers(trainer: Any, ours: type[Any]) -> Iterator[str]:
+    """Names of those of a managed trainer. ours: the class whose _save_checkpoint saves."""
     from transformers.trainer_callback import TrainerCallback
 
-    for callback in callbacks:
+    if trainer.args.push_to_hub:
+        yield "push_to_hub"
+    mro = type(trainer).__mro__
+    for cls in mro[: mro.index(ours)]:
+        # Those of trl write a model card first and do nothing behind it, but for this one.
+        known = cls.__module__.startswith("trl.") and not getattr(trainer, "use_adaptive_entropy", False)
+        if "_save_checkpoint" in vars(cls) and not known:
+            yield f"{cls.__name__}._save_checkpoint"
+    for callback in trainer.callback_handler.callbacks:
         cls = type(callback)
         if getattr(cls, "on_save", None) is TrainerCallback.on_save or cls.__module__.startswith("lastgood."):
             continue
@@ -30,7 +41,7 @@ def readers(callbacks: list[Any]) -> Iterator[str]:
             continue
         if cls.__module__.startswith("transformers.integrations") and not _asks(callback, QUIET.get(cls.__name__)):
             continue
-        yield cls.__name__
+        yield f"{cls.__name__}.on_save"
 
 
 def _asks(callback: Any, attribute: str | None) -> bool:

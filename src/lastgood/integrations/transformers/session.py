@@ -34,6 +34,7 @@ from lastgood.state import facts, rng
 from lastgood.state.data import Position, Tracker
 from lastgood.state.fingerprint import live_tensors
 from lastgood.state.finite import not_finite
+from lastgood.state.match import some
 from lastgood.state.recorder import Recorder
 from lastgood.state.rng import Rng
 from lastgood.state.weights import Coverage
@@ -255,8 +256,14 @@ class Session:
 
     # ---- saving --------------------------------------------------------------------------
 
-    def save(self, *, now: bool = False) -> Record | None:
-        """The checkpoint of the current step, then retention. now: on the disk when this returns."""
+    def save(self, *, looked_at: tuple[str, ...] = ()) -> Record | None:
+        """The checkpoint of the current step, then retention.
+
+        looked_at: by whom, right behind this: then it is on the disk when this returns.
+        """
+        if looked_at and self.live.background is not None:
+            say(f"saves aren't written in the background, because these look into the checkpoint: {some(looked_at)}")
+            self.live.background = None
         trainer, step = self.trainer, self.trainer.state.global_step
         assert self.coverage is not None
         coverage, live = self.coverage, live_tensors(trainer.model)
@@ -282,7 +289,7 @@ class Session:
             environment=facts.environment(),
             arguments=self.arguments,
             facts={**self.facts(), **self.guard.facts()},
-            now=now or bool(self.occasions.leave),
+            now=bool(self.occasions.leave),
             skip=not (self.owed or step >= trainer.state.max_steps or trainer.args.save_strategy == "best"),
         )
         self.owed = False

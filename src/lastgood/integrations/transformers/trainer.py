@@ -16,7 +16,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from lastgood.integrations.transformers import settings, unmanaged
 from lastgood.integrations.transformers.old_loop import NEEDED, Loop
-from lastgood.integrations.transformers.onlookers import readers
+from lastgood.integrations.transformers.onlookers import onlookers
 from lastgood.integrations.transformers.options import Options
 from lastgood.integrations.transformers.session import Session
 from lastgood.report import Report
@@ -223,8 +223,7 @@ class ManagedTrainer(Loop):
             return
         if self.hp_search_backend is None and trial is None:
             self.store_flos()
-        looked_at = self.args.push_to_hub or any(readers(self.callback_handler.callbacks))
-        record = self.lastgood.save(now=looked_at)
+        record = self.lastgood.save(looked_at=tuple(onlookers(self, ManagedTrainer)))
         if record is not None and self.args.push_to_hub:
             self._push_from_checkpoint(os.path.join(self._get_output_dir(trial), record.name))
 
