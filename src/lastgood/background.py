@@ -56,7 +56,7 @@ def chosen(value: Wanted, *, accelerated: bool) -> Background | None:
     """How to save; None: before training goes on.
 
     accelerated: whether what is trained lies on an accelerator. "auto" means only then: on the CPU the thread takes
-    from training about the time that it spares it (PERFORMANCE figures in docs/decisions/022).
+    from training about the time that it spares it (docs/decisions/022).
     """
     if isinstance(value, Background):
         return value
