@@ -76,7 +76,7 @@ def write(handle: int, chunks: Iterable[Any]) -> FileEntry:
     Nothing is being written any more then, unless `busy` says so.
     """
     hasher, total = blake3(max_threads=_threads()), 0
-    buffers = _idle.pop() if _idle else [_aligned() for _ in range(BUFFERS)]
+    buffers = _buffers()
     out = _Out(handle, buffers)
     try:
         buffer, filled, hashed = out.free(), 0, 0
@@ -191,6 +191,13 @@ class _Out:
     def _buffered(self) -> None:
         fs.system.unbuffered(self._handle, False)
         self._direct = False
+
+
+def _buffers() -> list[memoryview]:
+    try:
+        return _idle.pop()  # in one step: another thread may be writing a file as well
+    except IndexError:
+        return [_aligned() for _ in range(BUFFERS)]
 
 
 def _aligned() -> memoryview:
