@@ -14,7 +14,7 @@ from lastgood.format import tensors as safetensors
 from lastgood.model import FileEntry, Record
 from lastgood.repo.held import Held
 from lastgood.state.stored import Stored
-from lastgood.state.tensors import from_bytes
+from lastgood.state.tensors import in_place
 
 RESUME, STATE, DIGESTS = "resume.json", "optimizer.safetensors", "tensors.json"
 
@@ -66,7 +66,7 @@ class Saved:
         except OSError as error:
             raise CorruptCheckpoint(f"{path} can't be read: {error.strerror or error}") from error
         self._as_saved(name, entry)
-        return {key: from_bytes(found) for key, found in safetensors.decode(path, buffer).items()}
+        return in_place(safetensors.decode(path, buffer), buffer)
 
     def stored(self, name: str) -> list[Stored]:
         """Where the tensors of one file are and what they hold; none is in memory yet. Raises CorruptCheckpoint."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -12,6 +13,8 @@ from lastgood.format.tensors import CODES, Tensor
 
 CODE_OF: dict[torch.dtype, str] = {getattr(torch, name): code for name, code in CODES.items() if hasattr(torch, name)}
 DTYPE_OF: dict[str, torch.dtype] = {code: dtype for dtype, code in CODE_OF.items()}
+ALIGNED = 64
+"""Bytes: on the CPU torch begins each tensor at a multiple of it (gAlignment in its c10/core/alignment.h)."""
 
 
 def to_bytes(name: str, tensor: torch.Tensor) -> Tensor:
@@ -42,6 +45,32 @@ def from_bytes(entry: Tensor) -> torch.Tensor:
     if len(entry.data) == 0:
         return torch.empty(entry.shape, dtype=dtype)
     return torch.frombuffer(entry.data, dtype=torch.uint8).view(dtype).reshape(entry.shape)
+
+
+def in_place(entries: Mapping[str, Tensor], buffer: memoryview) -> dict[str, torch.Tensor]:
+    """Tensors of a file that was read into `buffer`, where they are, unless torch would have put them elsewhere.
+
+    Its own memory begins at multiples of 64 bytes. At any other place a library of linear algebra may add up in another
+    order, and an optimizer that multiplies its state (LBFGS) would not go on bit for bit. What is moved gives the pages
+    that it leaves back at once, so that no two copies of a whole state are in memory.
+    """
+    base = torch.frombuffer(buffer, dtype=torch.uint8).data_ptr() if len(buffer) else 0
+    found: dict[str, torch.Tensor] = {}
+    for name, entry in entries.items():
+        tensor = from_bytes(entry)
+        if tensor.numel() and tensor.data_ptr() % ALIGNED:
+            found[name] = tensor.clone()
+            _give_back(buffer.obj, tensor.data_ptr() - base, len(entry.data))
+        else:
+            found[name] = tensor
+    return found
+
+
+def _give_back(memory: object, begin: int, count: int) -> None:
+    """The pages that lie inside these bytes alone, of a mapping; it reads as zeros there from then on."""
+    first, last = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, (begin + count) // mmap.PAGESIZE * mmap.PAGESIZE
+    if isinstance(memory, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED") and last > first:
+        memory.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 def window(tensor: torch.Tensor) -> memoryview:
