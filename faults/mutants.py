@@ -195,8 +195,8 @@ MUTANTS: Sequence[Mutant] = (
     ),
     Mutant(
         "damage is resumed from",
-        "manager.py",
-        'lambda record: verify.problems(self.root, record, full=self.verify == "full", sure=True)',
+        "finding.py",
+        'lambda record: verify.problems(root, record, full=check == "full", sure=True, held=held)',
         "lambda record: ()",
         "test_corruption.py test_damage.py",
     ),
@@ -216,7 +216,7 @@ MUTANTS: Sequence[Mutant] = (
     ),
     Mutant(
         "a look that failed is believed",
-        "manager.py",
+        "behind.py",
         "        return records(self.root, sure=True)\n",
         "        return records(self.root)\n",
         "look next_save(three) 7",
