@@ -357,7 +357,7 @@ def ranks(place: Path, rank: int, port: int, fsdp: bool) -> None:
 
 
 @pytest.mark.parametrize("fsdp", [False, True])
-def test_several_processes_are_refused(fsdp: bool, tmp_path: Path) -> None:
+def test_I17_several_processes_commit_nothing_where_they_cannot_commit_together(fsdp: bool, tmp_path: Path) -> None:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
