@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,15 @@ from lastgood.format.tensors import Tensor
 from lastgood.manager import Manager
 from lastgood.model import Record
 from lastgood.policy import Keep
+from lastgood.repo import verify
+from lastgood.repo.layout import HIDDEN
 from lastgood.repo.read import records
 from lastgood.repo.staging import Staging
+
+import forked
+
+Life = Callable[..., None]
+"""(root, *signals, point=) -> trains to its end, and writes into `end` beside root what came out."""
 
 CALLS = ("open", "write", "fsync", "rename", "replace", "unlink", "mkdir", "rmdir")
 EVERY = bool(os.environ.get("EVERY_POINT"))
@@ -72,6 +80,55 @@ def signalled(point: int, *numbers: int) -> Any:
                 os.kill(os.getpid(), one)
 
     return counted(act)
+
+
+def struck(life: Life, root: Path, name: str, point: int) -> None:
+    """A life that gets these signals at its `point`-th call, with Ctrl-C as in a terminal."""
+    if "ignored" in name:
+        signal.signal(signal.SIGQUIT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        life(root, *SIGNALS[name][0], point=point)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def survived(life: Life, name: str, some: Iterable[int], place: Path, expected: str) -> int:
+    """At how many of these points the signals of this name hit a life in `place`/run, until there are no more of them.
+
+    It ended as documented each time, every checkpoint was whole, and the same command ended with `expected` in `end`.
+    """
+    root, log, end, hit = place / "run", place / "log", place / "end", 0
+    for point in some:
+        shutil.rmtree(root, ignore_errors=True)
+        log.unlink(missing_ok=True)
+        end.unlink(missing_ok=True)
+        status = forked.run(struck, life, root, name, point, log=log)
+        said = f"\n{log.read_text()}"
+        before, at, _ = said.partition("\nat ")
+        if not at:
+            break
+        hit += 1
+        allowed = SIGNALS[name][1]
+        if "training" not in before or "leaving" in before:  # nobody listens, as in any program
+            allowed = {*allowed, *(-number for number in SIGNALS[name][0])}
+        assert status in allowed, f"{status}: {said}"
+        sound(root, said)
+        if status == 75:
+            assert "stopped by SIG" in said
+            assert records(root), "it says that it saved"
+        if status:
+            assert forked.run(life, root, log=log) == 0, log.read_text()
+        assert end.read_text() == expected, said
+        assert os.listdir(root / HIDDEN / "tmp") == []
+    return hit
+
+
+def sound(root: Path, said: str) -> None:
+    """Every checkpoint that is there is whole."""
+    found = records(root) if root.exists() else ()
+    assert all(verify.problems(root, record, full=True) == () for record in found), said
+    assert not [record for record in found if record.state == "incomplete"], said
 
 
 def points(last: int, step: int, first: int = 1) -> range:

@@ -51,47 +51,12 @@ def loop(root: Path, *numbers: int, point: int = 0) -> None:
     (root.parent / "end").write_text(everything.hex())
 
 
-def struck(root: Path, name: str, point: int) -> None:
-    if "ignored" in name:
-        signal.signal(signal.SIGQUIT, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        loop(root, *SIGNALS[name][0], point=point)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-
-
 @pytest.mark.parametrize("name", SIGNALS)
 def test_I3_I20_signals_at_every_moment_of_a_run(name: str, quick: Path) -> None:
     """It ends as documented, every checkpoint is whole, and the same command ends as if nothing had happened."""
-    root, log, end = quick / "run", quick / "log", quick / "end"
-    loop(root)  # in this process: what torch imports late is there for all that are forked
-    expected = end.read_text()
-    hit = 0
-    for point in moments.points(1000, 37, first=5 + 4 * list(SIGNALS).index(name)):
-        shutil.rmtree(root)
-        log.unlink(missing_ok=True)
-        end.unlink(missing_ok=True)
-        status = forked.run(struck, root, name, point, log=log)
-        said = f"\n{log.read_text()}"
-        before, at, _ = said.partition("\nat ")
-        if not at:
-            break
-        hit += 1
-        allowed = SIGNALS[name][1]
-        if "training" not in before or "leaving" in before:  # nobody listens, as in any program
-            allowed = {*allowed, *(-number for number in SIGNALS[name][0])}
-        assert status in allowed, f"{status}: {said}"
-        found = records(root) if root.exists() else ()
-        assert all(verify.problems(root, record, full=True) == () for record in found), said
-        assert not [record for record in found if record.state == "incomplete"], said
-        if status == 75:
-            assert "stopped by SIG" in said
-            assert found, "it says that it saved"
-        if status:
-            assert forked.run(loop, root, log=log) == 0, log.read_text()
-        assert end.read_text() == expected, said
-        assert os.listdir(root / HIDDEN / "tmp") == []
+    loop(quick / "run")  # in this process: what torch imports late is there for all that are forked
+    some = moments.points(1000, 37, first=5 + 4 * list(SIGNALS).index(name))
+    hit = moments.survived(loop, name, some, quick, (quick / "end").read_text())
     assert hit > (50 if moments.EVERY else 2)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,6 @@ from transformers import TrainerCallback
 
 import lastgood
 import moments
-from lastgood.repo import verify
-from lastgood.repo.layout import HIDDEN
 from lastgood.repo.read import records
 from moments import SIGNALS
 from test_trainers import sft
@@ -42,23 +39,6 @@ def life(root: Path, *numbers: int, point: int = 0) -> None:
     (root.parent / "end").write_text(json.dumps(outcome(trainer)))
 
 
-def struck(root: Path, name: str, point: int) -> None:
-    if "ignored" in name:
-        signal.signal(signal.SIGQUIT, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        life(root, *SIGNALS[name][0], point=point)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-
-
-def sound(root: Path, said: str) -> None:
-    """Every checkpoint that is there is whole."""
-    found = records(root) if root.exists() else ()
-    assert all(verify.problems(root, record, full=True) == () for record in found), said
-    assert not [record for record in found if record.state == "incomplete"], said
-
-
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> str:
     """What it ends with if nothing happens."""
@@ -70,29 +50,8 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("name", SIGNALS)
 def test_I3_I20_signals_at_every_moment_of_a_fine_tune(name: str, quick: Path, expected: str) -> None:
     """It ends as documented, every checkpoint is whole, and the same command ends bit for bit as without."""
-    root, log, end, hit = quick / "run", quick / "log", quick / "end", 0
-    for point in moments.points(400, 401, first=5 + 21 * list(SIGNALS).index(name)):
-        shutil.rmtree(root, ignore_errors=True)
-        log.unlink(missing_ok=True)
-        end.unlink(missing_ok=True)
-        status = forked.run(struck, root, name, point, log=log)
-        said = f"\n{log.read_text()}"
-        before, at, _ = said.partition("\nat ")
-        if not at:
-            break
-        hit += 1
-        allowed = SIGNALS[name][1]
-        if "training" not in before or "leaving" in before:  # nobody listens, as in any program
-            allowed = {*allowed, *(-number for number in SIGNALS[name][0])}
-        assert status in allowed, f"{status}: {said}"
-        sound(root, said)
-        if status == 75:
-            assert "stopped by SIG" in said
-        if status:
-            assert forked.run(life, root, log=log) == 0, log.read_text()
-        assert end.read_text() == expected, said
-        assert os.listdir(root / HIDDEN / "tmp") == []
-    assert hit > (100 if moments.EVERY else 0)
+    some = moments.points(400, 401, first=5 + 21 * list(SIGNALS).index(name))
+    assert moments.survived(life, name, some, quick, expected) > (100 if moments.EVERY else 0)
 
 
 WORKERS = Case("workers", args={"dataloader_num_workers": 2, "max_steps": 8}, noise="torch python")
@@ -127,7 +86,7 @@ def test_I1_I3_a_data_worker_that_is_killed_harms_no_checkpoint(step: int, tmp_p
     log.unlink()
     status = forked.run(with_workers, tmp_path / "b", tmp_path / "b.json", step, log=log)
     assert "killed a worker" in log.read_text()
-    sound(tmp_path / "b", log.read_text())
+    moments.sound(tmp_path / "b", log.read_text())
     if status:  # torch raises its error wherever the training is just then, which may be inside the save
         there = [record.step for record in records(tmp_path / "b")]
         assert there == [*range(2, 2 * len(there) + 1, 2)]

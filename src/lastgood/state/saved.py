@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,6 +16,8 @@ from lastgood.model import FileEntry, Record
 from lastgood.repo.held import Held
 from lastgood.state.stored import Stored
 from lastgood.state.tensors import in_place
+
+T = TypeVar("T")
 
 RESUME, STATE, DIGESTS = "resume.json", "optimizer.safetensors", "tensors.json"
 
@@ -60,31 +63,27 @@ class Saved:
 
     def load(self, name: str) -> dict[str, torch.Tensor]:
         """The tensors of one file, hashed as they were read. Raises CorruptCheckpoint."""
-        path = self.path / name
-        try:
-            buffer, entry = self.held.content(path)
-        except OSError as error:
-            raise CorruptCheckpoint(f"{path} can't be read: {error.strerror or error}") from error
-        self._as_saved(name, entry)
-        return in_place(safetensors.decode(path, buffer), buffer)
+        buffer = self._as_saved(name, self.held.content)
+        return in_place(safetensors.decode(self.path / name, buffer), buffer)
 
     def stored(self, name: str) -> list[Stored]:
         """Where the tensors of one file are and what they hold; none is in memory yet. Raises CorruptCheckpoint."""
-        path = self.path / name
+        found = self._as_saved(name, self.held.digests)
+        return [Stored(self.path / name, key, place.slot, place.digest) for key, place in found.items()]
+
+    def _as_saved(self, name: str, read: Callable[[Path], tuple[T, FileEntry]]) -> T:
+        """What `read` makes of a file, whose size and hash come with it. Raises CorruptCheckpoint for other ones."""
+        path, manifest = self.path / name, self.record.manifest
         try:
-            found, entry = self.held.digests(path)
+            found, entry = read(path)
         except OSError as error:
             raise CorruptCheckpoint(f"{path} can't be read: {error.strerror or error}") from error
-        self._as_saved(name, entry)
-        return [Stored(path, key, place.slot, place.digest) for key, place in found.items()]
-
-    def _as_saved(self, name: str, entry: FileEntry) -> None:
-        manifest = self.record.manifest
         if manifest is not None and manifest.files.get(name, entry) != entry:
             raise CorruptCheckpoint(
-                f"the content of {self.path / name} is not what was saved (hash differs)",
+                f"the content of {path} is not what was saved (hash differs)",
                 hint="`lastgood verify --full` says which checkpoints are good",
             )
+        return found
 
     def given(self, beginnings: tuple[str, ...]) -> dict[str, torch.Tensor]:
         """The tensors whose names begin like this, for whoever keeps them: what is asked for again is read again."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from transformers.trainer_callback import ExportableState
 
 from lastgood.errors import IncompleteRestore
 from lastgood.integrations.transformers import extras
-from lastgood.state import optimizer, tree, weights
+from lastgood.repo import after
+from lastgood.state import optimizer, rng, tree, weights
 from lastgood.state.data import Position
 from lastgood.state.fingerprint import live_tensors
 from lastgood.state.saved import Saved
@@ -101,6 +103,20 @@ class Source(Saved):
         if position is not None:
             where = f"batch {position.consumed} of the epoch" if position.consumed else "beginning of an epoch"
             self.restored.append(("data", f"epoch {epoch:.4g}, {where}"))
+
+    def finish(self, trainer: Any, root: Path) -> bool:
+        """Of a run that is complete, no epoch begins that would put the generators back. root: of that run.
+
+        Returns whether its last evaluation is done and what it changed is known: nothing is left to catch up with then.
+        """
+        later = after.read(root, self.record.id)
+        rng.restore(rng.decode((later or self.resume)["rng"]))
+        if later is None:
+            return False
+        for name in ("best_metric", "best_global_step"):
+            setattr(trainer.state, name, later["trainer_state"].get(name, getattr(trainer.state, name)))
+        trainer.state.log_history += later["rows"]
+        return True
 
     def position(self) -> Position | None:
         value = self.resume.get("data")

@@ -223,20 +223,6 @@ class Session:
         window, self.window = self.window, None
         return loss if window is None else loss + window
 
-    def finish(self) -> bool:
-        """Of a run that is complete, no epoch begins that would put the generators back. Returns whether its last
-        evaluation is done and what that changed is known: then nothing is left to catch up with."""
-        assert self.source is not None
-        later = after.read(self.live.root, self.source.record.id)
-        rng.restore(rng.decode((later or self.source.resume)["rng"]))
-        if later is None:
-            return False
-        state = self.trainer.state
-        for name in ("best_metric", "best_global_step"):
-            setattr(state, name, later["trainer_state"].get(name, getattr(state, name)))
-        state.log_history += later["rows"]
-        return True
-
     def stepped(self, grad_norm: Any, lr: Any) -> None:
         """The loop is behind an optimizer step, or asks once more at the end of the epoch."""
         trainer, control = self.trainer, self.trainer.control

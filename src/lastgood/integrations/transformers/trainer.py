@@ -246,7 +246,7 @@ class ManagedTrainer(Loop):
         if session.coverage is not None:
             session.heed(wait=True)
         if session.finished and session.source is not None and not session.caught_up:
-            session.caught_up = session.finish()
+            session.caught_up = session.source.finish(self, session.live.root)
             rest = {"model": self.model_wrapped, "trial": trial, "ignore_keys_for_eval": None, "start_time": start_time}
             self._catch_up(int(self.state.num_train_epochs) - 1, **rest)
         if session.occasions.leave and not session.finished and self.state.global_step < self.state.max_steps:
