@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,8 +19,6 @@ LENGTH = 16
 LARGE = 1 << 20
 """Bytes (1 MiB) from which on several threads hash a buffer faster than one."""
 
-_HERE = os.getpid()
-
 
 class Place(NamedTuple):
     """Where a tensor is in a file, and the digest of what is there."""
@@ -38,9 +35,9 @@ def signature(dtype: str, shape: Sequence[int]) -> str:
 def of(data: memoryview, *, threads: int | None = None) -> str:
     """The hash of a tensor's bytes. threads: at most so many; None: all cores.
 
-    One alone in a forked process: the others' pool isn't forked with it, and would be waited for for ever.
+    One alone in a forked process (`fs.forked`).
     """
-    many = len(data) > LARGE and os.getpid() == _HERE
+    many = len(data) > LARGE and not fs.forked()
     hasher = blake3(data, max_threads=(blake3.AUTO if threads is None else threads) if many else 1)
     return hasher.hexdigest(length=LENGTH)
 

@@ -43,8 +43,6 @@ busy: set[int] = set()
 """Files that a thread may be writing to: also after `write` was left, if its wait for the thread was interrupted. They
 must stay open then, or the number would soon be that of another file, and that one be written to."""
 
-_HERE = os.getpid()
-
 _idle: list[list[memoryview]] = []
 _KEPT = 2
 """Sets of buffers that stay for the next file (24 MiB each)."""
@@ -208,6 +206,6 @@ def _aligned() -> memoryview:
 def _threads() -> int:
     """Of hashing: one is as fast as most disks, and where there are few cores training needs the others.
 
-    One as well in a forked process, which waits for ever for the threads that weren't forked with it.
+    One as well in a forked process (`fs.forked`).
     """
-    return 4 if len(os.sched_getaffinity(0)) >= 8 and os.getpid() == _HERE else 1
+    return 4 if len(os.sched_getaffinity(0)) >= 8 and not fs.forked() else 1

@@ -146,6 +146,17 @@ class FileSystem:
         return os.urandom(count).hex()
 
 
+_HERE = os.getpid()
+
+
+def forked() -> bool:
+    """Whether this process was forked since: then the threads that libraries keep for their work stayed behind.
+
+    Whoever asks them for something there waits for ever.
+    """
+    return os.getpid() != _HERE
+
+
 system = FileSystem()
 """The one in use, in this process."""
 
