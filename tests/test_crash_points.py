@@ -1,4 +1,4 @@
-"""Operations, failing at each call to the operating system, or killed at every third one (EVERY_POINT=1: at all).
+"""Operations, failing at each call to the operating system, or killed at every fifth one (EVERY_POINT=1: at all).
 
 A child process counts its own calls that change the disk and sends itself SIGKILL at the
 n-th one, before it, after it, or in the middle of a write; n runs until the operation gets
@@ -31,7 +31,7 @@ from lastgood.repo.staging import Staging
 
 import forked
 
-STEP = 1 if os.environ.get("EVERY_POINT") else 3
+STEP = 1 if os.environ.get("EVERY_POINT") else 5
 """How far it is from one point that is tried to the next: the lanes of `faults` go through all, in one process."""
 CALLS = ("open", "write", "fsync", "rename", "replace", "unlink", "mkdir", "rmdir", "fchmod", "ftruncate")
 
