@@ -21,6 +21,10 @@ from lastgood.store import local
 HEADER_LIMIT = 100 << 20
 """Largest header that is read (100 MB, as the library)."""
 
+ALIGNED = 64
+"""Bytes: on the CPU torch begins each tensor at a multiple of it (gAlignment in its c10/core/alignment.h); what begins
+elsewhere has to be copied by whoever computes with it."""
+
 SIZES = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
@@ -81,8 +85,12 @@ class Header(NamedTuple):
 def encode(
     tensors: Iterable[Tensor], metadata: Mapping[str, str] | None = None
 ) -> tuple[int, Iterator[bytes | memoryview]]:
-    """(bytes in total, the chunks of the file). Wide dtypes come first, so that every tensor is aligned."""
-    ordered = sorted(tensors, key=lambda tensor: (-_width(tensor), tensor.name))
+    """(bytes in total, the chunks of the file).
+
+    The data begin at a multiple of `ALIGNED`, and what is a multiple of it long comes first: all of that can be used
+    where it is read to. Behind it wide dtypes come first, so that each element is aligned.
+    """
+    ordered = sorted(tensors, key=lambda tensor: (len(tensor.data) % ALIGNED > 0, -_width(tensor), tensor.name))
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for tensor in ordered:
@@ -94,7 +102,7 @@ def encode(
         header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % ALIGNED)
 
     def chunks() -> Iterator[bytes | memoryview]:
         yield struct.pack("<Q", len(text)) + text
