@@ -78,14 +78,19 @@ class Header(NamedTuple):
     metadata: dict[str, str]
 
 
+def ordered(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """In the order of a file: wide dtypes come first, so that every tensor is aligned."""
+    return sorted(tensors, key=lambda tensor: (-_width(tensor), tensor.name))
+
+
 def encode(
     tensors: Iterable[Tensor], metadata: Mapping[str, str] | None = None
 ) -> tuple[int, Iterator[bytes | memoryview]]:
-    """(bytes in total, the chunks of the file). Wide dtypes come first, so that every tensor is aligned."""
-    ordered = sorted(tensors, key=lambda tensor: (-_width(tensor), tensor.name))
+    """(bytes in total, the chunks of the file: its header, then each tensor, in the order of `ordered`)."""
+    every = ordered(tensors)
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
-    for tensor in ordered:
+    for tensor in every:
         if tensor.name in header or tensor.name == "__metadata__":
             raise UsageError(f"two tensors are called {tensor.name!r}")
         if len(tensor.data) != _width(tensor) * _count(tensor.shape):
@@ -98,7 +103,7 @@ def encode(
 
     def chunks() -> Iterator[bytes | memoryview]:
         yield struct.pack("<Q", len(text)) + text
-        for tensor in ordered:
+        for tensor in every:
             yield tensor.data
 
     return 8 + len(text) + offset, chunks()
