@@ -21,6 +21,9 @@ from lastgood.store import local
 HEADER_LIMIT = 100 << 20
 """Largest header that is read (100 MB, as the library)."""
 
+ALIGNED = 64
+"""Bytes: on the CPU torch begins each tensor at a multiple of it (gAlignment in its c10/core/alignment.h)."""
+
 SIZES = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
@@ -79,8 +82,24 @@ class Header(NamedTuple):
 
 
 def ordered(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """In the order of a file: wide dtypes come first, so that every tensor is aligned."""
-    return sorted(tensors, key=lambda tensor: (-_width(tensor), tensor.name))
+    """In the order of a file, see `place`."""
+    return sorted(tensors, key=lambda tensor: place(len(tensor.data), _width(tensor), tensor.name))
+
+
+def place(size: int, width: int, name: str) -> tuple[bool, int, str]:
+    """What tensors are sorted by: those of whole `ALIGNED` bytes come first, then the others, wide dtypes first.
+
+    So each begins at a multiple of its width, and each large one at a multiple of ALIGNED: it can be used where the file
+    was read to, while it would have to be moved from where a scalar before it has pushed it.
+    """
+    return size % ALIGNED != 0, -width, name
+
+
+def header_bytes(header: Mapping[str, object]) -> bytes:
+    """The beginning of a file; what follows begins at a multiple of ALIGNED."""
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNED)
+    return struct.pack("<Q", len(text)) + text
 
 
 def encode(
@@ -98,15 +117,14 @@ def encode(
         end = offset + len(tensor.data)
         header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    start = header_bytes(header)
 
     def chunks() -> Iterator[bytes | memoryview]:
-        yield struct.pack("<Q", len(text)) + text
+        yield start
         for tensor in every:
             yield tensor.data
 
-    return 8 + len(text) + offset, chunks()
+    return len(start) + offset, chunks()
 
 
 def read_header(path: Path) -> Header:

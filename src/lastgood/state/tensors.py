@@ -9,13 +9,11 @@ import torch
 
 from lastgood.errors import NotSupported
 from lastgood.format import digests
-from lastgood.format.tensors import CODES, Tensor
+from lastgood.format.tensors import ALIGNED, CODES, Tensor
 from lastgood.store.checksum import NOW, Kind, kind_of
 
 CODE_OF: dict[torch.dtype, str] = {getattr(torch, name): code for name, code in CODES.items() if hasattr(torch, name)}
 DTYPE_OF: dict[str, torch.dtype] = {code: dtype for dtype, code in CODE_OF.items()}
-ALIGNED = 64
-"""Bytes: on the CPU torch begins each tensor at a multiple of it (gAlignment in its c10/core/alignment.h)."""
 
 
 def to_bytes(name: str, tensor: torch.Tensor) -> Tensor:
