@@ -75,7 +75,7 @@ def content(root: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for record in records(root):
         assert record.manifest is not None
-        one = found[record.name] = {name: entry.blake3 for name, entry in record.manifest.files.items()}
+        one = found[record.name] = {name: entry.hash for name, entry in record.manifest.files.items()}
         saved = (
             json.loads((root / record.name / "trainer_state.json").read_text()) if "trainer_state.json" in one else {}
         )

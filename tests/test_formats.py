@@ -100,7 +100,7 @@ def test_I22_any_bytes_are_refused_or_read(tmp_path: Path, data: bytes) -> None:
 MANIFEST = Manifest(
     format=1, id="a" * 16, run="b" * 16, step=500, seq=3, lineage=((1, 3),), parent="c" * 16, created=1.5,
     parts={"model": ("model.safetensors",), "progress": ("resume.json",)},
-    files={"model.safetensors": FileEntry(size=10, blake3="0" * 64), "resume.json": FileEntry(size=2, blake3="1" * 64)},
+    files={"model.safetensors": FileEntry(size=10, xxh3="0" * 32), "resume.json": FileEntry(size=2, blake3="1" * 64)},
     environment={"torch": "2.13.0"}, arguments={"learning_rate": 0.1}, facts={"data": {"length": 3}},
 )  # fmt: skip
 

@@ -49,8 +49,8 @@ def copy(
         entry = record.manifest.files[name]
         place = target / name
         local.make_parents(place, target)
-        copied = local.clone(source / name, place)
-        if entry.blake3 and copied != entry:
+        copied = local.clone(source / name, place, entry.kind)
+        if entry.hash and copied != entry:
             raise CorruptCheckpoint(
                 f"{name} of {record.name} is not what was saved; nothing was checked out",
                 hint="`lastgood verify --full` says what else is damaged; check out another one",

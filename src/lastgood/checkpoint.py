@@ -257,7 +257,7 @@ class Checkpoint:
         if entry is None:
             return {"aliases": {}}
         try:
-            data, is_now = contents.content(self.path / NAMES)
+            data, is_now = contents.content(self.path / NAMES, entry.kind)
             whole = loads(bytes(data))
             told = whole if part in ("", "model") else whole.get("modules", {}).get(part, {})
             known = told.get("aliases", {})

@@ -13,7 +13,7 @@ from typing import Literal
 
 import msgspec
 
-FORMAT = 1
+FORMAT = 2
 """Version of the on-disk format that this package writes (FORMAT.md)."""
 
 State = Literal["full", "weights", "incomplete", "stock", "foreign"]
@@ -34,11 +34,24 @@ TRAINERS = ("trainer", "fsdp", "deepspeed")
 """Layouts of a stock Trainer: one directory per step, so they may be adopted, or deleted unadopted if that is asked."""
 
 
-class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
-    """Size in bytes and BLAKE3 (64 hex digits) of one file of a checkpoint."""
+class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=False, omit_defaults=True):
+    """Size in bytes of one file of a checkpoint, and its hash by one of two algorithms; by neither where none is known.
+
+    xxh3: XXH3-128 (32 hex digits, the most significant first). blake3: 64 hex digits, in checkpoints of format 1.
+    """
 
     size: int
-    blake3: str
+    xxh3: str = ""
+    blake3: str = ""
+
+    @property
+    def hash(self) -> str:
+        return self.xxh3 or self.blake3
+
+    @property
+    def kind(self) -> Literal["xxh3", "blake3"]:
+        """What to hash the file by, to compare it with this."""
+        return "blake3" if self.blake3 else "xxh3"
 
 
 KEPT_PARTS = ("model", "progress", "arguments")

@@ -149,7 +149,7 @@ def _record(name: str, item: Found, place: int, managed: bool) -> Record:
         lineage=((1, place),),
         created=item.created,
         parts=dict(item.parts),
-        files={file: FileEntry(size, "") for file, size in item.files.items()},
+        files={file: FileEntry(size) for file, size in item.files.items()},
         facts={} if item.loss is None else {"loss": item.loss},
         layout=item.layout,
     )

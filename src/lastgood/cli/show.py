@@ -108,9 +108,10 @@ def _content(view: View, record: Record) -> dict[str, Any]:
         "tags": list(record.pinned),
         "note": view.notes.get(record.id),
         "parts": {k: list(v) for k, v in manifest.parts.items()} if manifest is not None else {},
-        "files": {k: {"size": v.size, "blake3": v.blake3 or None} for k, v in manifest.files.items()}
-        if manifest is not None
-        else {},
+        "files": {
+            name: {"size": entry.size, "xxh3": entry.xxh3 or None, "blake3": entry.blake3 or None}
+            for name, entry in (manifest.files.items() if manifest is not None else ())
+        },
         "arguments": dict(view.arguments(record)),
         "environment": dict(manifest.environment) if manifest is not None else {},
         "facts": dict(facts),

@@ -11,6 +11,7 @@ from lastgood.convert import weights
 from lastgood.convert.content import Content, modern_numpy
 from lastgood.convert.managed import DIGESTS, OWN, RESUME, STATE, UNNAMED
 from lastgood.errors import CorruptCheckpoint, NotSupported
+from lastgood.format.digests import FORMAT
 from lastgood.repo.staging import Staging
 from lastgood.state import rng, tree
 from lastgood.state.rng import Rng
@@ -41,7 +42,7 @@ def stage(content: Content, staging: Staging) -> None:
     for name, found in weights.files(content).items():
         staging.tensors(name, "model", named(found), METADATA)
     digests = {name: digest(tensor, name) for name, tensor in content.model.items()}
-    staging.data(DIGESTS, "model", _json({"format": 1, "tensors": digests}))
+    staging.data(DIGESTS, "model", _json({"format": FORMAT, "tensors": digests}))
     for name, path in content.files.items():
         if name not in OWN:
             try:

@@ -13,6 +13,7 @@ from lastgood.convert import weights
 from lastgood.convert.content import PENDING, Content, legacy_numpy, numbered
 from lastgood.errors import CorruptCheckpoint, NotSupported
 from lastgood.format import tensors as safetensors
+from lastgood.format.digests import FORMATS
 from lastgood.layouts.found import files_of
 from lastgood.model import Manifest
 from lastgood.state import lightning, rng, tree
@@ -144,6 +145,6 @@ def _json(path: Path) -> dict[str, Any]:
         value = json.loads(local.read(path, 1 << 32))
     except (OSError, ValueError, RecursionError) as error:
         raise CorruptCheckpoint(f"{path} can't be read: {error}") from error
-    if not isinstance(value, dict) or value.get("format") != 1:
+    if not isinstance(value, dict) or value.get("format") not in FORMATS:
         raise CorruptCheckpoint(f"{path} is not in a format that this version of lastgood reads")
     return value

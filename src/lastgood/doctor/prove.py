@@ -29,6 +29,7 @@ from lastgood.repo.layout import hidden
 from lastgood.repo.run import start_run
 from lastgood.repo.trail import Entry
 from lastgood.store import local
+from lastgood.store.checksum import NOW
 from lastgood.supervise import PLACE, Limits, supervise
 from lastgood.view import View, look
 
@@ -155,12 +156,12 @@ def _copy(view: View, record: Record, scratch: Path) -> Path:
     names = [*record.manifest.files, *([codec.NAME] if record.id else [])]
     for name in names:
         local.make_dirs((target / name).parent)
+        entry = record.manifest.files.get(name)
         try:
-            copied = local.clone(source / name, target / name)
+            copied = local.clone(source / name, target / name, entry.kind if entry is not None else NOW)
         except FileNotFoundError:
             raise NoCheckpoint(f"{record.name} went while it was copied", hint="pin it, or prove another one") from None
-        entry = record.manifest.files.get(name)
-        if entry is not None and entry.blake3 and copied != entry:
+        if entry is not None and entry.hash and copied != entry:
             raise CorruptCheckpoint(
                 f"{name} of {record.name} is not what was saved", hint="`lastgood verify --full` says what else is"
             )

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from blake3 import blake3
-
-from lastgood.format.tensors import Slot, read_header
+from lastgood.format.tensors import Slot, Tensor, read_header
 from lastgood.model import FileEntry
-from lastgood.store import fs, local
+from lastgood.store import checksum, fs, local
+from lastgood.store.checksum import NOW, Each, Kind, Sum
 
-LENGTH = 16
-"""Bytes of a tensor's hash: enough that nobody finds two tensors with the same one, half of what a file has."""
-
-
-LARGE = 1 << 20
-"""Bytes (1 MiB) from which on several threads hash a buffer faster than one."""
+FORMAT = 2
+"""Of tensors.json, as it is written now."""
+FORMATS = (1, 2)
+"""Of it and of resume.json, which is still in the first one: what can be read."""
 
 
 class Place(NamedTuple):
@@ -32,49 +29,40 @@ def signature(dtype: str, shape: Sequence[int]) -> str:
     return f"{dtype}{list(shape)}"
 
 
-def of(data: memoryview, *, threads: int | None = None) -> str:
-    """The hash of a tensor's bytes. threads: at most so many; None: all cores.
-
-    One alone in a forked process (`fs.forked`).
-    """
-    many = len(data) > LARGE and not fs.forked()
-    hasher = blake3(data, max_threads=(blake3.AUTO if threads is None else threads) if many else 1)
-    return hasher.hexdigest(length=LENGTH)
+def digest(entry: Tensor, kind: Kind = NOW) -> str:
+    """`dtype[shape]:hash`, as tensors.json has it."""
+    return f"{signature(entry.dtype, entry.shape)}:{checksum.of(entry.data, kind)}"
 
 
-def digests(path: Path) -> tuple[FileEntry, dict[str, Place]]:
+def told(entries: Iterable[Tensor], hashes: Iterable[str]) -> dict[str, str]:
+    """name -> digest, of tensors whose bytes were hashed as they passed."""
+    both = zip(entries, hashes, strict=True)
+    return {entry.name: f"{signature(entry.dtype, entry.shape)}:{found}" for entry, found in both}
+
+
+def digests(path: Path, kind: Kind = NOW) -> tuple[FileEntry, dict[str, Place]]:
     """(size and hash of the file, each tensor with its digest as tensors.json has it).
 
     Raises OSError, CorruptCheckpoint for a header that can't be read.
     """
-    return local.tried_again(lambda: _digests(path))
+    return local.tried_again(lambda: _digests(path, kind))
 
 
-def _digests(path: Path) -> tuple[FileEntry, dict[str, Place]]:
+def _digests(path: Path, kind: Kind) -> tuple[FileEntry, dict[str, Place]]:
     slots = read_header(path).slots
-    found: dict[str, Place] = {}
-    whole, at = blake3(), 0
-    waiting = iter(slots.items())
-    name, slot, hasher = _next(waiting)
+    waiting = list(slots.values())
+    whole, each, at, next_ = Sum(kind), Each(kind), 0, 0
     with local.opened(path) as file:
         view = memoryview(bytearray(local.BLOCK))
         while count := fs.system.read_into(file.fileno(), view):
-            block, end = view[:count], at + count
-            whole.update(block)
-            while slot is not None and slot.end <= end:
-                hasher.update(block[max(slot.begin, at) - at : slot.end - at])
-                found[name] = Place(slot, _told(slot, hasher))
-                name, slot, hasher = _next(waiting)
-            if slot is not None and slot.begin < end:
-                hasher.update(block[max(slot.begin, at) - at :])
+            end = at + count
+            whole.update(view[:count])
+            while next_ < len(waiting) and waiting[next_].end <= end:
+                slot = waiting[next_]
+                each.add(view[max(slot.begin - at, 0) : slot.end - at], last=True)
+                next_ += 1
+            if next_ < len(waiting) and waiting[next_].begin < end:
+                each.add(view[max(waiting[next_].begin - at, 0) : count], last=False)
             at = end
-    return FileEntry(size=at, blake3=whole.hexdigest()), found
-
-
-def _next(waiting: Iterator[tuple[str, Slot]]) -> tuple[str, Slot | None, blake3]:
-    name, slot = next(waiting, ("", None))
-    return name, slot, blake3()
-
-
-def _told(slot: Slot, hasher: blake3) -> str:
-    return f"{signature(slot.dtype, slot.shape)}:{hasher.hexdigest(length=LENGTH)}"
+    found = zip(slots.items(), each.told, strict=False)  # fewer than there were, if the file was cut short meanwhile
+    return whole.entry(), {n: Place(slot, f"{signature(slot.dtype, slot.shape)}:{told}") for (n, slot), told in found}

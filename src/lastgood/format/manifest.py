@@ -52,6 +52,7 @@ def decode(data: bytes, where: str) -> Manifest:
     if found is None:
         return _decode_slowly(data, where)
     _check(found, where)
+    _check_hashes(found, where)
     return found
 
 
@@ -69,7 +70,9 @@ class _Size(msgspec.Struct, frozen=True):
     """A FileEntry whose hash isn't read."""
 
     size: int
+    xxh3: ClassVar[str] = ""
     blake3: ClassVar[str] = ""
+    hash: ClassVar[str] = ""
 
 
 class _Outline(msgspec.Struct, frozen=True, kw_only=True):
@@ -137,7 +140,14 @@ def _decode_slowly(data: bytes, where: str) -> Manifest:
     except (msgspec.ValidationError, TypeError, ValueError, RecursionError) as error:
         raise CorruptCheckpoint(f"{where} isn't valid: {error}") from error
     _check(manifest, where)
+    _check_hashes(manifest, where)
     return manifest
+
+
+def _check_hashes(manifest: Manifest, where: str) -> None:
+    for name, entry in manifest.files.items():
+        if bool(entry.xxh3) == bool(entry.blake3):
+            raise CorruptCheckpoint(f"{where} isn't valid: {name} has {'two hashes' if entry.xxh3 else 'no hash'}")
 
 
 def _check(manifest: Manifest, where: str) -> None:

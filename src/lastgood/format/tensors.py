@@ -22,8 +22,7 @@ HEADER_LIMIT = 100 << 20
 """Largest header that is read (100 MB, as the library)."""
 
 ALIGNED = 64
-"""Bytes: on the CPU torch begins each tensor at a multiple of it (gAlignment in its c10/core/alignment.h); what begins
-elsewhere has to be copied by whoever computes with it."""
+"""Bytes: on the CPU torch begins each tensor at a multiple of it (gAlignment in its c10/core/alignment.h)."""
 
 SIZES = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
@@ -82,18 +81,35 @@ class Header(NamedTuple):
     metadata: dict[str, str]
 
 
+def ordered(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """In the order of a file, see `place`."""
+    return sorted(tensors, key=lambda tensor: place(len(tensor.data), _width(tensor), tensor.name))
+
+
+def place(size: int, width: int, name: str) -> tuple[bool, int, str]:
+    """What tensors are sorted by: those of whole `ALIGNED` bytes come first, then the others, wide dtypes first.
+
+    So each begins at a multiple of its width, and each large one at a multiple of ALIGNED: it can be used where the file
+    was read to, while it would have to be moved from where a scalar before it has pushed it.
+    """
+    return size % ALIGNED != 0, -width, name
+
+
+def header_bytes(header: Mapping[str, object]) -> bytes:
+    """The beginning of a file; what follows begins at a multiple of ALIGNED."""
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNED)
+    return struct.pack("<Q", len(text)) + text
+
+
 def encode(
     tensors: Iterable[Tensor], metadata: Mapping[str, str] | None = None
 ) -> tuple[int, Iterator[bytes | memoryview]]:
-    """(bytes in total, the chunks of the file).
-
-    The data begin at a multiple of `ALIGNED`, and what is a multiple of it long comes first: all of that can be used
-    where it is read to. Behind it wide dtypes come first, so that each element is aligned.
-    """
-    ordered = sorted(tensors, key=lambda tensor: (len(tensor.data) % ALIGNED > 0, -_width(tensor), tensor.name))
+    """(bytes in total, the chunks of the file: its header, then each tensor, in the order of `ordered`)."""
+    every = ordered(tensors)
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
-    for tensor in ordered:
+    for tensor in every:
         if tensor.name in header or tensor.name == "__metadata__":
             raise UsageError(f"two tensors are called {tensor.name!r}")
         if len(tensor.data) != _width(tensor) * _count(tensor.shape):
@@ -101,15 +117,14 @@ def encode(
         end = offset + len(tensor.data)
         header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNED)
+    start = header_bytes(header)
 
     def chunks() -> Iterator[bytes | memoryview]:
-        yield struct.pack("<Q", len(text)) + text
-        for tensor in ordered:
+        yield start
+        for tensor in every:
             yield tensor.data
 
-    return 8 + len(text) + offset, chunks()
+    return len(start) + offset, chunks()
 
 
 def read_header(path: Path) -> Header:

@@ -13,7 +13,7 @@ from lastgood.model import FORMAT, Head, Manifest, Record, Span, extend, lineage
 from lastgood.repo import journal, metrics
 from lastgood.repo.layout import new_id
 from lastgood.repo.read import identify, records
-from lastgood.repo.run import forget_head, read_head, read_run, start_run, write_head
+from lastgood.repo.run import forget_head, raise_format, read_head, read_run, start_run, write_head
 from lastgood.store import local
 
 
@@ -72,6 +72,7 @@ def adopt(root: Path, chains: Sequence[Chain], *, progress: Callable[[int], None
         if moves_on and chain.items:
             way, newest = lineage, seq - 1
     if placed:
+        raise_format(root)
         # Before the first manifest: wherever this is cut short, the run stands where it will stand in the end.
         write_head(root, Head(run=run, lineage=way, next=seq))
     made = [_adopt(root, run, item, place, progress) for item, place in placed]

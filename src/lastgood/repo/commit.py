@@ -12,6 +12,7 @@ from lastgood.model import FORMAT, Manifest, Record, Span, State, checkpoint_nam
 from lastgood.repo import journal, leases, poison, reserve
 from lastgood.repo.layout import plain
 from lastgood.repo.read import id_at, records
+from lastgood.repo.run import raise_format
 from lastgood.repo.staging import Staging, explained
 from lastgood.store import local
 
@@ -49,6 +50,7 @@ def commit(
     content = codec.encode(manifest)
     staging.sync()
     with explained(staging.directory):
+        raise_format(root)
         # All that is large is there: for want of a block for the record it must not have been for nothing.
         reserve.spend(root, lambda: local.write(staging.directory / codec.NAME, [content]))
         for directory in staging.directories():

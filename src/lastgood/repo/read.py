@@ -182,7 +182,7 @@ def rewritten(directory: Path | str, manifest: Manifest) -> bool:
     if entry is None or not newer(directory, [LAST_WRITTEN]):
         return False
     try:
-        return local.digest(Path(directory, LAST_WRITTEN)) != entry
+        return local.digest(Path(directory, LAST_WRITTEN), entry.kind) != entry
     except OSError:
         return False
 

@@ -45,12 +45,23 @@ def check_format(root: Path) -> None:
 
 def start_run(root: Path, run: str | None = None) -> str:
     """Make the directory that of a new run (or of `run`, whose run.json was lost); returns its id."""
-    identity = _Identity(1, run or new_id())
+    identity = _Identity(FORMAT, run or new_id())
     reserve.spend(root, lambda: local.replace(hidden(root, RUN), _json(identity)))
     if run is None:
         # Not before: cut short in between, the old run would be without it, and stand on the branch that it had left.
         local.unlink(hidden(root, HEAD))
     return identity.run
+
+
+def raise_format(root: Path) -> None:
+    """Before the first checkpoint of this format in a run of an older one: older releases leave the run alone then.
+
+    One that went on would not know this checkpoint, go on from the one before, and give the same number twice.
+    """
+    identity = _read(hidden(root, RUN), _Identity, False)
+    if identity is not None and identity.format < FORMAT:
+        new = _Identity(FORMAT, identity.run)
+        reserve.spend(root, lambda: local.replace(hidden(root, RUN), _json(new)))
 
 
 def read_head(root: Path, run: str | None, *, sure: bool = False) -> Head | None:

@@ -14,10 +14,12 @@ from pathlib import Path
 
 from lastgood.errors import LastgoodError, NotEnoughSpace, SaveFailed
 from lastgood.format import tensors as safetensors
+from lastgood.format.digests import told
 from lastgood.format.manifest import safe_name
 from lastgood.model import FileEntry
 from lastgood.repo.layout import hidden, new_id, plain
 from lastgood.store import local
+from lastgood.store.checksum import Each
 from lastgood.store.quota import left
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -30,7 +32,7 @@ Content = bytes | memoryview | Callable[[], bytes]
 class Staging:
     """path: the directory, for libraries that write files of their own. files and parts: what is registered so far.
 
-    seconds: spent on what: "hash" (digests of tensors), "write" (with the hash of each file), "sync", "copy".
+    seconds: spent on what: "hash" (making tensors.json of the hashes), "write" (with all hashing), "sync", "copy".
     """
 
     root: Path
@@ -53,12 +55,18 @@ class Staging:
         part: str,
         tensors: Iterable[safetensors.Tensor],
         metadata: Mapping[str, str] | None = None,
-    ) -> tuple[safetensors.Tensor, ...]:
-        """Write a safetensors file; returns what is in it. Raises SaveFailed or NotEnoughSpace."""
-        entries = tuple(tensors)
+        *,
+        hashed: bool = False,
+    ) -> dict[str, str]:
+        """Write a safetensors file. hashed: returns name -> digest of what is in it, hashed as it was written.
+
+        Raises SaveFailed or NotEnoughSpace.
+        """
+        entries = safetensors.ordered(tensors)
         size, chunks = safetensors.encode(entries, metadata)
-        self._write(name, part, lambda path: local.write(path, chunks, size=size, sync=False))
-        return entries
+        each = Each() if hashed else None
+        self._write(name, part, lambda path: local.write(path, chunks, size=size, sync=False, each=each))
+        return {} if each is None else told(entries, each.told[1:])  # behind the header
 
     def data(self, name: str, part: str, content: Content) -> None:
         """Write a file with this content. Raises SaveFailed or NotEnoughSpace."""

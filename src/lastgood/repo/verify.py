@@ -46,7 +46,8 @@ def problems(
     def check(item: tuple[str, FileEntry]) -> str:
         name, expected = item
         try:
-            found = local.digest(directory / name) if held is None else held.read(directory, name, manifest)
+            path = directory / name
+            found = local.digest(path, expected.kind) if held is None else held.read(directory, name, manifest)
         except OSError as error:
             if sure and local.passing(error):
                 raise unreadable(directory / name, error) from error

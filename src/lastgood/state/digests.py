@@ -1,21 +1,19 @@
-"""The digests of a model's tensors at a save: some known at once, the others read off the copy that is written.
+"""The digests of a model's tensors at a save: some known at once, the others told by the writing of its files.
 
 A live tensor that a file holds as it is has the digest of the file's bytes. Those are hashed by whoever writes the
-file, in the background maybe, when the live tensor has long become another one.
+file, as they pass, in the background maybe, when the live tensor has long become another one.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
-from lastgood.format.tensors import Tensor
 from lastgood.state.fingerprint import Fingerprints
-from lastgood.state.tensors import digest, digest_of, signature
+from lastgood.state.tensors import digest, signature
 
 Place = tuple[str, str]
 """File and name of a tensor in it."""
@@ -28,23 +26,18 @@ class Digests:
     names: list[str]
     known: dict[str, str]
     later: dict[str, Place]
-    _written: dict[Place, Tensor] = field(default_factory=dict)
+    _written: dict[str, Mapping[str, str]] = field(default_factory=dict)
 
-    def written(self, file: str, entries: Iterable[Tensor]) -> None:
-        """These are the bytes of a file, until it is on the disk."""
-        self._written |= {(file, entry.name): entry for entry in entries}
+    def written(self, file: str, told: Mapping[str, str]) -> None:
+        """What `Staging.tensors` tells of a file: complete when it has been written."""
+        self._written[file] = told
 
     def all(self) -> dict[str, str]:
-        """live name -> digest, in the order of the names. To be called while the bytes are there.
+        """live name -> digest, in the order of the names. To be called when the files have been written."""
+        return {name: self.known.get(name) or self._found(*self.later[name]) for name in self.names}
 
-        With every core where training waits for it, with one where it goes on meanwhile.
-        """
-        waiting = threading.current_thread() is threading.main_thread()
-        threads = None if waiting else 1
-        return {
-            name: self.known.get(name) or digest_of(self._written[self.later[name]], threads=threads)
-            for name in self.names
-        }
+    def _found(self, file: str, name: str) -> str:
+        return self._written[file][name]
 
 
 class File(Protocol):

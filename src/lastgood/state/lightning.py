@@ -16,6 +16,7 @@ import torch
 
 from lastgood.errors import CorruptCheckpoint
 from lastgood.format import tensors as safetensors
+from lastgood.format.digests import FORMATS
 from lastgood.repo.staging import Staging
 from lastgood.state import plain, tree
 from lastgood.state.tensors import from_bytes, named
@@ -32,18 +33,18 @@ RUN = frozenset({"loops", "callbacks", "optimizer_states", "lr_schedulers", "cur
 
 
 class Model(NamedTuple):
-    """The file of the state dict: what went into it, and as it is written."""
+    """The file of the state dict: what went into it, and the digests of that when it has been written."""
 
     name: str
     tensors: dict[str, torch.Tensor]
-    entries: tuple[safetensors.Tensor, ...]
+    digests: dict[str, str]
 
 
 def write_model(staging: Staging, checkpoint: Mapping[str, Any], precision: str) -> tuple[Model, dict[str, str]]:
     """Stage the part `model`; name -> why of the hyper-parameters that were left out."""
     state = checkpoint["state_dict"]
     weights = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    model = Model(MODEL, weights, staging.tensors(MODEL, "model", named(weights), METADATA))
+    model = Model(MODEL, weights, staging.tensors(MODEL, "model", named(weights), METADATA, hashed=True))
     tensors: dict[str, torch.Tensor] = {}
     about: dict[str, Any] = {"format": 1, "hyper": {}, "left_out": {}}
     for key in HYPER:
@@ -124,7 +125,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise CorruptCheckpoint(f"{path} can't be read: {error}") from error
-    if not isinstance(value, dict) or value.get("format") != 1:
+    if not isinstance(value, dict) or value.get("format") not in FORMATS:
         raise CorruptCheckpoint(f"{path} is not in a format that this version of lastgood reads")
     return value
 

@@ -11,7 +11,7 @@ from lastgood.errors import Incompatible, IncompleteRestore
 from lastgood.state.conversions import converted
 from lastgood.state.fingerprint import live_tensors
 from lastgood.state.match import Match, some
-from lastgood.state.tensors import digest, same_bits, signature
+from lastgood.state.tensors import by_digest, holds, same_bits, signature
 from lastgood.state.weights import put
 
 
@@ -46,13 +46,13 @@ def by_name(
     """
     live = live_tensors(model)
     pairs = match.pair(expected, live, what)
-    stored = {digest(tensor): tensor for tensor in saved.values()}
+    stored = by_digest(saved.values(), expected.values())
     late: dict[str, torch.Tensor] | None = None
     sources: dict[str, torch.Tensor] = {}
     absent, other, cast = [], [], 0
     for here, name in pairs.items():
         tensor = stored.get(expected[name])
-        if tensor is None and digest(live[here]) == expected[name]:
+        if tensor is None and holds(live[here], expected[name]):
             continue  # the frozen base under an adapter, which comes with the model
         if tensor is None:
             late = converted(model, saved) if late is None else late

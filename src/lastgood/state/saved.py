@@ -12,10 +12,12 @@ import torch
 
 from lastgood.errors import CorruptCheckpoint
 from lastgood.format import tensors as safetensors
+from lastgood.format.digests import FORMATS
 from lastgood.model import FileEntry, Record
 from lastgood.repo.held import Held
 from lastgood.state.stored import Stored
 from lastgood.state.tensors import in_place
+from lastgood.store.checksum import NOW, Kind
 
 T = TypeVar("T")
 
@@ -71,14 +73,15 @@ class Saved:
         found = self._as_saved(name, self.held.digests)
         return [Stored(self.path / name, key, place.slot, place.digest) for key, place in found.items()]
 
-    def _as_saved(self, name: str, read: Callable[[Path], tuple[T, FileEntry]]) -> T:
+    def _as_saved(self, name: str, read: Callable[[Path, Kind], tuple[T, FileEntry]]) -> T:
         """What `read` makes of a file, whose size and hash come with it. Raises CorruptCheckpoint for other ones."""
         path, manifest = self.path / name, self.record.manifest
+        expected = manifest.files.get(name) if manifest is not None else None
         try:
-            found, entry = read(path)
+            found, entry = read(path, expected.kind if expected is not None else NOW)
         except OSError as error:
             raise CorruptCheckpoint(f"{path} can't be read: {error.strerror or error}") from error
-        if manifest is not None and manifest.files.get(name, entry) != entry:
+        if expected is not None and expected != entry:
             raise CorruptCheckpoint(
                 f"the content of {path} is not what was saved (hash differs)",
                 hint="`lastgood verify --full` says which checkpoints are good",
@@ -101,11 +104,11 @@ class Saved:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of format 1. Raises CorruptCheckpoint."""
+    """A JSON file of a format that is known. Raises CorruptCheckpoint."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise CorruptCheckpoint(f"{path} can't be read: {error}") from error
-    if not isinstance(value, dict) or value.get("format") != 1:
+    if not isinstance(value, dict) or value.get("format") not in FORMATS:
         raise CorruptCheckpoint(f"{path} is not in a format that this version of lastgood reads")
     return value

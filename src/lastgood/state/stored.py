@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from blake3 import blake3
 
-from lastgood.format.digests import LENGTH, signature
+from lastgood.format.digests import signature
 from lastgood.format.tensors import Slot, Tensor
 from lastgood.state.tensors import DTYPE_OF, from_bytes, window
 from lastgood.store import contents, local
+from lastgood.store.checksum import Sum, kind_of
 
 TOGETHER = 8 << 20
 """Bytes that one thread reads before it takes more work (8 MiB): small tensors by the thousand, large ones alone."""
@@ -84,10 +84,10 @@ def _read(pairs: Sequence[tuple[torch.Tensor, Stored]]) -> list[str]:
     told = []
     with local.opened(pairs[0][1].path) as file:
         for live, stored in pairs:
-            view, at, hasher = window(live), stored.slot.begin, blake3()
+            view, at, whole = window(live), stored.slot.begin, Sum(kind_of(stored.digest))
             for begin in range(0, len(view), local.BLOCK):
                 block = view[begin : begin + local.BLOCK]
                 contents.fill(file.fileno(), block, at + begin)
-                hasher.update(block)
-            told.append(f"{signature(stored.slot.dtype, stored.slot.shape)}:{hasher.hexdigest(length=LENGTH)}")
+                whole.update(block)
+            told.append(f"{signature(stored.slot.dtype, stored.slot.shape)}:{whole.tensor()}")
     return told

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
 from lastgood.errors import NotSupported
 from lastgood.format import digests
 from lastgood.format.tensors import ALIGNED, CODES, Tensor
+from lastgood.store.checksum import NOW, Kind, kind_of
 
 CODE_OF: dict[torch.dtype, str] = {getattr(torch, name): code for name, code in CODES.items() if hasattr(torch, name)}
 DTYPE_OF: dict[str, torch.dtype] = {code: dtype for dtype, code in CODE_OF.items()}
@@ -78,14 +79,20 @@ def window(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy().data).cast("B")
 
 
-def digest(tensor: torch.Tensor, name: str = "") -> str:
+def digest(tensor: torch.Tensor, name: str = "", kind: Kind = NOW) -> str:
     """`dtype[shape]:hash` of the values: two tensors with the same digest hold the same bits."""
-    return digest_of(to_bytes(name, tensor))
+    return digests.digest(to_bytes(name, tensor), kind)
 
 
-def digest_of(entry: Tensor, *, threads: int | None = None) -> str:
-    """The same of what is in a file. threads: as in `format.digests.of`."""
-    return f"{digests.signature(entry.dtype, entry.shape)}:{digests.of(entry.data, threads=threads)}"
+def holds(tensor: torch.Tensor, want: str) -> bool:
+    """Whether this is the digest of its values, by whatever algorithm."""
+    return signature(tensor) == want.partition(":")[0] and digest(tensor, kind=kind_of(want)) == want
+
+
+def by_digest(tensors: Iterable[torch.Tensor], wanted: Iterable[str]) -> dict[str, torch.Tensor]:
+    """digest -> tensor, by every algorithm that one of the wanted digests was computed by."""
+    kinds = {kind_of(want) for want in wanted}
+    return {digest(tensor, kind=kind): tensor for tensor in tensors for kind in kinds}
 
 
 def signature(tensor: torch.Tensor) -> str:

@@ -26,7 +26,8 @@ from lastgood.state.match import some
 from lastgood.state.meta import all_filled, give_memory
 from lastgood.state.optimizer import clean
 from lastgood.state.stored import Stored, fill, open_to
-from lastgood.state.tensors import digest, same_bits, signature
+from lastgood.state.tensors import by_digest, digest, holds, same_bits, signature
+from lastgood.store.checksum import kind_of
 
 WRITERS = (
     ("transformers.modeling_utils", "safe_save_file"),
@@ -206,17 +207,17 @@ class Prepared:
         }
         try:
             told = fill([(self.live[name], source) for name, source in straight.items()])
-            holds = dict(zip(straight, told, strict=True))
+            held = dict(zip(straight, told, strict=True))
             for name, source in self.sources.items():
                 if name not in straight:
                     put(self.live[name], source.tensor() if isinstance(source, Stored) else source)
-                    holds[name] = digest(self.live[name])
+                    held[name] = digest(self.live[name], kind=kind_of(self.expected[name]))
         except OSError as error:
             raise IncompleteRestore(
                 f"a file that was good a moment ago can't be read any more ({error}): the model is restored in part",
                 hint="don't train on; launch again",
             ) from error
-        wrong = [name for name, held in holds.items() if held != self.expected[name]]
+        wrong = [name for name, now in held.items() if now != self.expected[name]]
         if wrong:
             raise IncompleteRestore(f"after the restore these tensors don't hold what was saved: {some(wrong)}")
         return self.counts
@@ -250,26 +251,26 @@ def prepare(
     live = {**live_tensors(model), **(empty or {})}
     _same_names(set(live) - (computed(model) - set(expected)), set(expected) - (set(unstored) - set(live)))
     expected = {name: want for name, want in expected.items() if name in live}
-    by_digest: dict[str, torch.Tensor | Stored] = {item.digest: item for item in stored}
+    places: dict[str, torch.Tensor | Stored] = {item.digest: item for item in stored}
     # What is trained has changed, so it isn't hashed to find that out; what isn't may be many gigabytes of a frozen
     # base that no checkpoint holds, or memory that can't be written to.
     waiting = {
         name: want
         for name, want in expected.items()
-        if live[name].is_meta or (want in by_digest and live[name].requires_grad) or digest(live[name]) != want
+        if live[name].is_meta or (want in places and live[name].requires_grad) or not holds(live[name], want)
     }
     counts = {"unchanged": len(expected) - len(waiting), "copied": 0, "converted": 0}
-    sources = {name: by_digest[want] for name, want in waiting.items() if want in by_digest}
+    sources = {name: places[want] for name, want in waiting.items() if want in places}
     rest = {name: want for name, want in waiting.items() if name not in sources}
     if rest:
         saved = load()
-        if not by_digest:
-            found = {digest(tensor): tensor for tensor in saved.values()}
+        if not places:
+            found = by_digest(saved.values(), rest.values())
             sources |= {name: found[want] for name, want in rest.items() if want in found}
     counts["copied"] = len(sources)
     if rest := {name: want for name, want in rest.items() if name not in sources}:
         for name, tensor in converted(model, saved).items():
-            if name in rest and digest(tensor) == rest[name]:
+            if name in rest and holds(tensor, rest[name]):
                 sources[name] = tensor
                 counts["converted"] += 1
     if allow_base:

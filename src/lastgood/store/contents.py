@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from blake3 import blake3
-
 from lastgood.model import FileEntry
 from lastgood.store import fs, local
+from lastgood.store.checksum import NOW, Kind, Sum
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -21,18 +20,18 @@ AHEAD = 4 << 20
 """Bytes that one call reads (4 MiB): few calls, and the block is still near the processor when it is hashed."""
 
 
-def content(path: Path) -> tuple[memoryview, FileEntry]:
+def content(path: Path, kind: Kind = NOW) -> tuple[memoryview, FileEntry]:
     """All bytes of a regular file, writable, with the hash of just these bytes. Raises OSError."""
-    return local.tried_again(lambda: _content(path))
+    return local.tried_again(lambda: _content(path, kind))
 
 
-def _content(path: Path) -> tuple[memoryview, FileEntry]:
-    hasher = blake3()
+def _content(path: Path, kind: Kind) -> tuple[memoryview, FileEntry]:
+    whole = Sum(kind)
     with local.opened(path) as file:
         view = _room(os.fstat(file.fileno()).st_size)
         for block in _arriving(file.fileno(), view):
-            hasher.update(block)
-    return view, FileEntry(size=len(view), blake3=hasher.hexdigest())
+            whole.update(block)
+    return view, whole.entry()
 
 
 def fill(handle: int, view: memoryview, at: int) -> None:

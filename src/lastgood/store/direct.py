@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import errno
 import mmap
-import os
 import sys
 import threading
 from collections.abc import Iterable
 from queue import SimpleQueue
 from typing import Any
 
-from blake3 import blake3
-
 from lastgood.model import FileEntry
 from lastgood.store import fs
+from lastgood.store.checksum import Each, Sum
 
 LARGE = 16 << 20
 """Bytes from which a file is written in this way. Below, the buffered way is no slower, and takes fewer calls."""
@@ -68,31 +66,36 @@ def begin(handle: int, size: int) -> bool:
     return True
 
 
-def write(handle: int, chunks: Iterable[Any]) -> FileEntry:
+def write(handle: int, chunks: Iterable[Any], each: Each | None = None) -> FileEntry:
     """Write these bytes to a file that `begin` prepared, from its start; their number and hash. Raises OSError.
+
+    each: is given every chunk, too.
 
     Nothing is being written any more then, unless `busy` says so.
     """
-    hasher, total = blake3(max_threads=_threads()), 0
+    whole = Sum()
     buffers = _buffers()
     out = _Out(handle, buffers)
     try:
         buffer, filled, hashed = out.free(), 0, 0
         for chunk in chunks:
             view = memoryview(chunk).cast("B")
-            total += len(view)
+            if each is not None and not view:
+                each.add(view, last=True)
             while view:
                 piece = view[: min(PIECE, BUFFER - filled)]
                 buffer[filled : filled + len(piece)] = piece
                 filled, view = filled + len(piece), view[len(piece) :]
                 # What is hashed is what is written, even if somebody changes the tensor meanwhile.
+                if each is not None:
+                    each.add(buffer[filled - len(piece) : filled], last=not view)
                 if filled - hashed >= PIECE or filled == BUFFER:
-                    hasher.update(buffer[hashed:filled])
+                    whole.update(buffer[hashed:filled])
                     hashed = filled
                 if filled == BUFFER:
                     out.put(buffer, filled)
                     buffer, filled, hashed = out.free(), 0, 0
-        hasher.update(buffer[hashed:filled])
+        whole.update(buffer[hashed:filled])
         blocks = filled - filled % ALIGNED
         out.put(buffer, blocks)
         out.end()
@@ -102,7 +105,7 @@ def write(handle: int, chunks: Iterable[Any]) -> FileEntry:
     out.tail(buffer[blocks:filled])
     if len(_idle) < _KEPT:
         _idle.append(buffers)
-    return FileEntry(size=total, blake3=hasher.hexdigest())
+    return whole.entry()
 
 
 class _Out:
@@ -201,11 +204,3 @@ def _buffers() -> list[memoryview]:
 def _aligned() -> memoryview:
     # Private: a process that was forked meanwhile must not fill the buffers of this one.
     return memoryview(mmap.mmap(-1, BUFFER, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-
-
-def _threads() -> int:
-    """Of hashing: one is as fast as most disks, and where there are few cores training needs the others.
-
-    One as well in a forked process (`fs.forked`).
-    """
-    return 4 if len(os.sched_getaffinity(0)) >= 8 and not fs.forked() else 1

@@ -17,10 +17,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from blake3 import blake3
-
 from lastgood.model import FileEntry
 from lastgood.store import direct, fs
+from lastgood.store.checksum import NOW, Each, Kind, Sum
 
 BLOCK = 1 << 20
 """Bytes read at a time when a file is hashed (1 MiB): they stay in the cache of the processor, and the interpreter,
@@ -47,19 +46,22 @@ T = TypeVar("T")
 Buffer = bytes | bytearray | memoryview
 
 
-def write(path: Path, chunks: Iterable[Buffer], *, size: int | None = None, sync: bool = True) -> FileEntry:
+def write(
+    path: Path, chunks: Iterable[Buffer], *, size: int | None = None, sync: bool = True, each: Each | None = None
+) -> FileEntry:
     """Create `path` with these bytes; on an error it doesn't exist.
 
     size: how many there are, if that is known: a large file goes past the page cache then, where that is possible.
     sync: durable when this returns, but for its directory entry; otherwise `sync_files` has to follow.
+    each: hashes every chunk as it is written.
     """
     handle = fs.system.open(path, _NEW)
     try:
         try:
             if size is not None and size >= direct.LARGE and direct.begin(handle, size):
-                entry = direct.write(handle, chunks)
+                entry = direct.write(handle, chunks, each)
             else:
-                entry = _fill(handle, chunks)
+                entry = _fill(handle, chunks, each)
             if os.fstat(handle).st_size != entry.size:
                 raise OSError(5, "the file has another length than was written", os.fspath(path))
             if sync:
@@ -73,15 +75,16 @@ def write(path: Path, chunks: Iterable[Buffer], *, size: int | None = None, sync
     return entry
 
 
-def _fill(handle: int, chunks: Iterable[Buffer]) -> FileEntry:
-    hasher, total = blake3(), 0
+def _fill(handle: int, chunks: Iterable[Buffer], each: Each | None) -> FileEntry:
+    whole = Sum()
     for chunk in chunks:
         view = memoryview(chunk).cast("B")
-        hasher.update(view)
-        total += len(view)
+        whole.update(view)
+        if each is not None:
+            each.add(view, last=True)
         while view:
             view = view[fs.system.write(handle, view) :]
-    return FileEntry(size=total, blake3=hasher.hexdigest())
+    return whole.entry()
 
 
 def replace(path: Path, data: bytes) -> None:
@@ -302,32 +305,35 @@ def size(path: Path | str) -> int | None:
     return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
-def digest(path: Path) -> FileEntry:
-    """Size and hash of a regular file as it is on disk now."""
-    return tried_again(lambda: _digest(path))
+def digest(path: Path, kind: Kind = NOW) -> FileEntry:
+    """Size and hash of a regular file as it is on disk now. kind: of the entry that it is compared with."""
+    return tried_again(lambda: _digest(path, kind))
 
 
-def _digest(path: Path) -> FileEntry:
-    hasher, total = blake3(), 0
+def _digest(path: Path, kind: Kind) -> FileEntry:
+    whole = Sum(kind)
     handle = fs.system.open(path, _READ)
     try:
         view = memoryview(bytearray(min(BLOCK, max(1, _regular(handle, path)))))
         while count := fs.system.read_into(handle, view):
-            hasher.update(view[:count])
-            total += count
+            whole.update(view[:count])
     finally:
         fs.system.close(handle)
-    return FileEntry(size=total, blake3=hasher.hexdigest())
+    return whole.entry()
 
 
-def clone(source: Path, target: Path) -> FileEntry:
-    """An independent copy of a regular file, sharing blocks where the file system can; size and hash of the copy."""
+def clone(source: Path, target: Path, kind: Kind = NOW) -> FileEntry:
+    """An independent copy of a regular file, sharing blocks where the file system can; size and hash of the copy.
+
+    kind: as `digest`.
+    """
     if not stat.S_ISREG(fs.system.status(source).st_mode):
         raise OSError(22, "not a regular file", os.fspath(source))
     if _shared(source, target):
-        return digest(target)
+        return digest(target, kind)
     with opened(source) as file:
-        return write(target, iter(lambda: file.read(BLOCK), b""), sync=False)
+        copied = write(target, iter(lambda: file.read(BLOCK), b""), sync=False)
+    return copied if kind == NOW else digest(target, kind)
 
 
 def _shared(source: Path, target: Path) -> bool:

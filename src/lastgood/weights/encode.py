@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from lastgood.errors import SaveFailed, UsageError
-from lastgood.format.tensors import SIZES
+from lastgood.format.tensors import SIZES, header_bytes, place
 from lastgood.state.tensors import to_bytes
 from lastgood.store import local
 
@@ -36,7 +34,7 @@ def encode_slots(
 
     Raises UsageError for a name that comes twice, and when `blocks` gives something else than was announced.
     """
-    ordered = sorted(entries, key=lambda entry: (-SIZES[entry.dtype], entry.name))
+    ordered = sorted(entries, key=lambda entry: place(_size(entry), SIZES[entry.dtype], entry.name))
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for entry in ordered:
@@ -45,11 +43,10 @@ def encode_slots(
         end = offset + _size(entry)
         header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [offset, end]}
         offset = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    start = header_bytes(header)
 
     def chunks() -> Iterator[bytes | memoryview]:
-        yield struct.pack("<Q", len(text)) + text
+        yield start
         for entry in ordered:
             total = 0
             for block in blocks(entry.name):
@@ -61,7 +58,7 @@ def encode_slots(
             if total != _size(entry):
                 raise UsageError(f"tensor {entry.name!r} isn't the {entry.dtype}{list(entry.shape)} that was announced")
 
-    return 8 + len(text) + offset, chunks()
+    return len(start) + offset, chunks()
 
 
 def write(

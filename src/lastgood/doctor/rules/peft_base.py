@@ -10,17 +10,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from blake3 import blake3
-
 from lastgood.doctor.case import Case
 from lastgood.doctor.disk import JSON_LIMIT, Disk
 from lastgood.doctor.rule import Sight
 from lastgood.doctor.rules import fit
 from lastgood.doctor.rules.peft_look import FACTOR, adapters, tensors
 from lastgood.errors import CorruptCheckpoint
+from lastgood.format.digests import signature
 from lastgood.format.tensors import Slot, read_header
 from lastgood.model import Record
 from lastgood.store import local
+from lastgood.store.checksum import Kind, Sum, kind_of
 
 PRINTED = 4 << 20
 """Bytes of a base that are hashed, the smallest tensors first; all with `full`."""
@@ -164,32 +164,32 @@ def _recorded(disk: Disk, record: Record, base: Mapping[str, tuple[Path, Slot]])
         if plain not in base or not isinstance(digest, str) or name in trained:
             continue
         slot = base[plain][1]
-        signature = digest.partition(":")[0]
-        if signature.partition("[")[2] != f"{list(slot.shape)}"[1:]:
-            lines.append(f"{plain} was {signature} at the save, the base has {slot.dtype}{list(slot.shape)}")
-        elif signature.partition("[")[0] == slot.dtype:
+        kind = digest.partition(":")[0]
+        if kind.partition("[")[2] != f"{list(slot.shape)}"[1:]:
+            lines.append(f"{plain} was {kind} at the save, the base has {slot.dtype}{list(slot.shape)}")
+        elif kind.partition("[")[0] == slot.dtype:
             waiting.append((slot.end - slot.begin, plain, digest))
     for size, plain, digest in sorted(waiting):
         left -= size
         if lines or (left < 0 and not disk.full):
             break
-        if _digest(*base[plain]) not in (digest, None):
+        if _digest(*base[plain], kind_of(digest)) not in (digest, None):
             lines.append(f"{plain} of the base has other values than at the save")
     return lines
 
 
-def _digest(path: Path, slot: Slot) -> str | None:
-    hasher = blake3()
+def _digest(path: Path, slot: Slot, kind: Kind) -> str | None:
+    whole = Sum(kind)
     try:
         with open(path, "rb") as file:
             file.seek(slot.begin)
             left = slot.end - slot.begin
             while left and (piece := file.read(min(left, 1 << 20))):
-                hasher.update(piece)
+                whole.update(memoryview(piece))
                 left -= len(piece)
     except OSError:
         return None
-    return f"{slot.dtype}{list(slot.shape)}:{hasher.hexdigest(length=16)}" if not left else None
+    return f"{signature(slot.dtype, slot.shape)}:{whole.tensor()}" if not left else None
 
 
 def _tokens(disk: Disk, record: Record, values: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:

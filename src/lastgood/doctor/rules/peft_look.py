@@ -89,9 +89,9 @@ def _same(disk: Disk, before: Record, after: Record) -> bool:
     entries = [
         record.manifest.files.get(fit.ADAPTER) if record.manifest is not None else None for record in (before, after)
     ]
-    hashes = [entry.blake3 for entry in entries if entry is not None and entry.blake3]
-    if len(hashes) == 2:
-        return hashes[0] == hashes[1]
+    known = [entry for entry in entries if entry is not None and entry.hash]
+    if len(known) == 2 and known[0].kind == known[1].kind:
+        return known[0] == known[1]
     if not tensors(disk, before):
         return False
     return _alike(disk.path(before) / fit.ADAPTER, disk.path(after) / fit.ADAPTER)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lastgood.errors import Incompatible
+from lastgood.format.digests import FORMAT
 from lastgood.integrations.lightning import metrics, moment
 from lastgood.integrations.lightning.moment import Where
 from lastgood.integrations.lightning.stream import Place
@@ -53,7 +54,7 @@ class Weights:
         """Digests of all tensors, and those that are trained or changed and neither in `model` nor among `stored`."""
         live = live_tensors(module)
         digests = Digests(list(live), *Held.of([model]).split(live, self.prints))
-        digests.written(model.name, model.entries)
+        digests.written(model.name, model.digests)
         held = {identity(tensor) for tensor in (*model.tensors.values(), *stored)}
         lost = {
             name: tensor
@@ -62,7 +63,7 @@ class Weights:
         }
         if lost:
             staging.tensors(files.EXTRA, "model", named(lost), files.METADATA)
-        staging.data(files.DIGESTS, "model", lambda: files.dump({"format": 1, "tensors": digests.all()}))
+        staging.data(files.DIGESTS, "model", lambda: files.dump({"format": FORMAT, "tensors": digests.all()}))
 
     def restore(self, module: torch.nn.Module, path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
         """Every tensor as its digest says. Raises Incompatible or IncompleteRestore, and nothing is changed then."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lastgood.format.digests import FORMAT
 from lastgood.integrations.torch.boundary import Boundary
 from lastgood.integrations.torch.exchange import Part, Writing
 from lastgood.integrations.torch.loader import Data
@@ -26,7 +27,7 @@ def write(staging: Staging, parts: Sequence[Part], boundary: Boundary, epoch: fl
     out = Writing(staging, live=live(parts))
     for part in parts:
         part.write(out)
-    about = {"format": 1, "tensors": {}, **out.digests}
+    about = {"format": FORMAT, "tensors": {}, **out.digests}
     staging.data(DIGESTS, "model", lambda: _json(about))
     if out.tensors:
         staging.tensors(STATE, "optimizer", named(out.tensors), {"format": "pt"})

@@ -14,6 +14,7 @@ import torch
 from transformers.trainer_callback import ExportableState
 
 from lastgood.format import guard
+from lastgood.format.digests import FORMAT
 from lastgood.integrations.transformers import extras
 from lastgood.repo.staging import Staging
 from lastgood.state import optimizer, rng, tree
@@ -57,14 +58,15 @@ def write(
         trainer.save_model(staging.path, _internal_call=True)
     digests, beside = coverage.extras(trainer.model, live, files)
     for file in files:
-        digests.written(file.name, staging.tensors(file.name, "model", named(file.tensors), file.metadata))
+        told = staging.tensors(file.name, "model", named(file.tensors), file.metadata, hashed=True)
+        digests.written(file.name, told)
     if beside:
         staging.tensors("extra.safetensors", "model", named(beside), TENSOR_METADATA)
     made = computed(trainer.model) & set(digests.names)
     unstored, transient = sorted(made - set(beside)), sorted(made & set(beside))
     tied = aliases(trainer.model, files)
     about = {"unstored": unstored, "transient": transient, **({"aliases": tied} if tied else {})}
-    staging.data("tensors.json", "model", lambda: _json({"format": 1, "tensors": digests.all(), **about}))
+    staging.data("tensors.json", "model", lambda: _json({"format": FORMAT, "tensors": digests.all(), **about}))
     for name in guard.NAMES:
         staging.data(name, "model", guard.content(name))
     staging.data("trainer_state.json", "model", trainer_state(trainer))
