@@ -228,7 +228,6 @@ class Manager(Behind):
         return lack
 
     def _publish(self, staging: Staging, save: Save) -> Record:
-        begun = time.perf_counter()
         record = commit(
             save.door,
             staging,
@@ -243,12 +242,11 @@ class Manager(Behind):
             facts=save.facts,
         )
         assert record.manifest is not None
-        now = time.perf_counter()
         self.lineage, self.parent = record.manifest.lineage, record.id
         self.saved[save.step] = record
         self.space.saved(record.manifest)
-        self.took = now - save.started
-        spent = {"stall": save.stall or self.took, **staging.seconds, "copy": save.copy, "sync": now - begun}
+        self.took = time.perf_counter() - save.started
+        spent = {"stall": save.stall or self.took, **staging.seconds, "copy": save.copy}
         journal.append(
             save.door, "saved", step=save.step, id=record.id, bytes=record.size, seconds=round(self.took, 4),
             spent={name: round(spent.get(name, 0.0), 4) for name in SPENT},

@@ -75,9 +75,9 @@ class Held:
     def split(self, live: Mapping[str, torch.Tensor], prints: Fingerprints) -> tuple[dict[str, str], dict[str, Place]]:
         """(digests of what has to be hashed now, or was hashed before; where the others are)."""
         later = {
-            name: self.places[identity(tensor)]
+            name: place
             for name, tensor in live.items()
-            if self.has(tensor) and not prints.remembers(tensor)
+            if not prints.remembers(tensor) and tensor.numel() and (place := self.places.get(identity(tensor)))
         }
         return prints.of({name: tensor for name, tensor in live.items() if name not in later}), later
 
@@ -92,4 +92,4 @@ def identity(tensor: torch.Tensor) -> tuple[Any, ...]:
     """What two names of the very same tensor have in common; one without memory of its own is like no other."""
     if tensor.layout is not torch.strided or not tensor.data_ptr():
         return (id(tensor),)
-    return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), str(tensor.device))
+    return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.device)

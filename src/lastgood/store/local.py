@@ -14,6 +14,7 @@ import re
 import stat
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,10 +22,14 @@ from blake3 import blake3
 
 from lastgood.model import FileEntry
 from lastgood.store import direct, fs
+from lastgood.store.together import together
 
 BLOCK = 1 << 20
 """Bytes read at a time when a file is hashed (1 MiB): they stay in the cache of the processor, and the interpreter,
 whose lock is given back for each of them, isn't asked too often."""
+
+SYNCS = 16
+"""Files that are made durable at the same time: a commit of the file system's journal serves all that ask by then."""
 
 # Each of these exists on some systems only; O_BINARY keeps Windows from translating line ends.
 _SAFE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
@@ -132,15 +137,21 @@ def adopt(path: Path) -> FileEntry:
 
 def sync_files(paths: Sequence[Path]) -> None:
     """Make the content of files durable. At the same time: a journaling file system then commits them together."""
+    sync_all(paths, ())
 
-    def sync(path: Path) -> None:
-        handle = fs.system.open(path, os.O_RDWR | _SAFE)
-        try:
-            fs.system.sync(handle)
-        finally:
-            fs.system.close(handle)
 
-    at_once(sync, paths)
+def sync_all(files: Sequence[Path], folders: Sequence[Path]) -> None:
+    """The same, and the names in these directories with them."""
+    acts = [*(partial(_sync_file, path) for path in files), *(partial(sync_dir, path) for path in folders)]
+    together(acts, limit=SYNCS)
+
+
+def _sync_file(path: Path) -> None:
+    handle = fs.system.open(path, os.O_RDWR | _SAFE)
+    try:
+        fs.system.sync(handle)
+    finally:
+        fs.system.close(handle)
 
 
 def at_once(act: Callable[[S], T], items: Iterable[S], *, limit: int = 4) -> list[T]:
