@@ -50,8 +50,8 @@ MUTANTS: Sequence[Mutant] = (
     Mutant(
         "no fsync of staged files",
         "store/local.py",
-        "    handle = fs.system.open(path, os.O_RDWR | _SAFE)\n    try:\n        fs.system.sync(handle)\n",
-        "    handle = fs.system.open(path, os.O_RDWR | _SAFE)\n    try:\n        pass\n",
+        "    handle = reopened(path)\n    try:\n        fs.system.sync(handle)\n",
+        "    handle = reopened(path)\n    try:\n        pass\n",
         "power next_save(three) 3",
     ),
     Mutant(

@@ -11,6 +11,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from lastgood import policy
@@ -268,14 +269,16 @@ class Manager(Behind):
         except OSError as error:
             warn(f"retention: {error}; nothing was deleted, the next save tries again")
             return ()
-        decisions = policy.decide(found, self.keep, protect=stay)
+        decisions, graves = policy.decide(found, self.keep, protect=stay), list[Path]()
         try:
             with self._fenced():
-                gc.execute(self.door, gc.plan([d.record for d in decisions], decisions), sightings=self._sightings)
+                todo = gc.plan([d.record for d in decisions], decisions)
+                gc.execute(self.door, todo, sightings=self._sightings, graves=graves)
                 leases.sweep(self.door, self._sightings)
         except OSError as error:
             # Too much on disk is better than a run that dies; the next save tries again.
             warn(f"retention: {self._told(error)}; nothing that is kept was touched, the rest goes at the next save")
+        self._dissolve(graves)
         return decisions
 
     def record(self, step: int, values: Mapping[str, object]) -> None:

@@ -56,7 +56,7 @@ def write(path: Path, chunks: Iterable[Buffer], *, size: int | None = None, sync
     """Create `path` with these bytes; on an error it doesn't exist.
 
     size: how many there are, if that is known: a large file goes past the page cache then, where that is possible.
-    sync: durable when this returns, but for its directory entry; otherwise `sync_files` has to follow.
+    sync: durable when this returns, but for its directory entry; otherwise `sync_all` has to follow.
     """
     handle = fs.system.open(path, _NEW)
     try:
@@ -135,19 +135,19 @@ def adopt(path: Path) -> FileEntry:
     return digest(path)
 
 
-def sync_files(paths: Sequence[Path]) -> None:
-    """Make the content of files durable. At the same time: a journaling file system then commits them together."""
-    sync_all(paths, ())
-
-
 def sync_all(files: Sequence[Path], folders: Sequence[Path]) -> None:
-    """The same, and the names in these directories with them."""
+    """Make the content of files and the names in directories durable, all at the same time."""
     acts = [*(partial(_sync_file, path) for path in files), *(partial(sync_dir, path) for path in folders)]
     together(acts, limit=SYNCS)
 
 
+def reopened(path: Path) -> int:
+    """A descriptor of a file that is there, to change or to sync it; whoever asks closes it."""
+    return fs.system.open(path, os.O_RDWR | _SAFE)
+
+
 def _sync_file(path: Path) -> None:
-    handle = fs.system.open(path, os.O_RDWR | _SAFE)
+    handle = reopened(path)
     try:
         fs.system.sync(handle)
     finally:
@@ -183,10 +183,8 @@ def sync_dir(path: Path) -> None:
 
 def sync_tree(directory: Path, files: Sequence[str]) -> None:
     """Make files (relative names) in a directory, their names and the directory's own name durable."""
-    sync_files([directory / name for name in files])
     folders = {(directory / name).parent for name in files} | {directory, directory.parent}
-    for folder in sorted(folders, key=lambda path: -len(path.parts)):
-        sync_dir(folder)
+    sync_all([directory / name for name in files], sorted(folders, key=lambda path: -len(path.parts)))
 
 
 def make_dirs(path: Path) -> None:
