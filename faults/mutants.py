@@ -50,8 +50,8 @@ MUTANTS: Sequence[Mutant] = (
     Mutant(
         "no fsync of staged files",
         "store/local.py",
-        "        handle = fs.system.open(path, os.O_RDWR | _SAFE)\n        try:\n            fs.system.sync(handle)\n",
-        "        handle = fs.system.open(path, os.O_RDWR | _SAFE)\n        try:\n            pass\n",
+        "    handle = reopened(path)\n    try:\n        fs.system.sync(handle)\n",
+        "    handle = reopened(path)\n    try:\n        pass\n",
         "power next_save(three) 3",
     ),
     Mutant(
@@ -135,9 +135,9 @@ MUTANTS: Sequence[Mutant] = (
     ),
     Mutant(
         "staged names aren't synced",
-        "repo/commit.py",
-        "        for directory in staging.directories():\n            local.sync_dir(directory)\n",
-        "",
+        "repo/staging.py",
+        "for name in (*self.files, MANIFEST)], self.directories())",
+        "for name in (*self.files, MANIFEST)], [])",
         "power next_save(three) 3",
     ),
     Mutant(

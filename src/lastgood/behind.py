@@ -5,7 +5,7 @@ Whoever asks what is on the disk is made to wait until all that was handed over 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from lastgood.model import Record, Span
 from lastgood.repo import journal
 from lastgood.repo.lock import RunLock
 from lastgood.repo.read import records
+from lastgood.store import local
+from lastgood.store.dissolve import dissolve
 from lastgood.store.memory import Arena
 from lastgood.talk import say, warn
 from lastgood.units import size
@@ -64,6 +66,7 @@ class Behind(Holding):
     took: float = field(default=0.0, init=False)
     _under_way: int | None = field(default=None, init=False)  # step
     _hurry: bool = field(default=False, init=False)  # nothing is to be waited for any more
+    _awaited: bool = field(default=False, init=False)  # somebody waits for the writer
     _writer: Writer = field(default_factory=Writer, init=False)
     _arena: Arena = field(default_factory=Arena, init=False)
     _announced: bool = field(default=False, init=False)
@@ -71,6 +74,7 @@ class Behind(Holding):
     def open(self, *, takeover: bool = False) -> None:
         """Become the only writer, with a thread of this process; see `Holding.open`."""
         self._writer, self._arena = Writer(), Arena()
+        self._hurry = self._awaited = False
         Holding.open(self, takeover=takeover)
 
     @property
@@ -91,7 +95,7 @@ class Behind(Holding):
 
     def _then(self, job: Callable[[], object]) -> bool:
         """Whether it is to be done by the writer; then it was handed over."""
-        if self._writer.here or not self._writer.mine or (self.background is None and not self._writer.busy):
+        if self._writer.here or not self._writer.mine or self.background is None:
             return False
         lock = self._lock
 
@@ -114,8 +118,29 @@ class Behind(Holding):
 
     def _drained(self) -> None:
         """Wait until all that was handed over is done; what is waiting for room gives up when training has to leave."""
+        self._awaited = not self._writer.here
         while not self._writer.wait(0.1):
             self._hurry = self._hurry or not self.space.patient or bool(self.space.leaving())
+        self._awaited = False
+
+    def _dissolve(self, graves: Sequence[Path]) -> None:
+        """Give back the room of what retention put out of sight, behind training's back, also where saves aren't.
+
+        The next save waits for it. Where the process has to leave, the rest is swept at the next start.
+        """
+        lock = self._lock
+
+        def job() -> None:
+            try:
+                for grave in graves:
+                    if self._lock is lock:
+                        dissolve(grave, hurry=lambda: self._awaited, over=lambda: self._hurry)
+            except OSError as error:
+                self._unless_taken()
+                warn(f"retention: {self._told(error)}; what is left of it goes at the next start")
+
+        if graves and self._writer.mine:
+            self._writer.submit(job, size=sum(local.size(path) or 0 for grave in graves for path in grave.rglob("*")))
 
     def _skips(self, step: int) -> bool:
         """Whether this save is left out because the last one is still under way."""
@@ -140,7 +165,7 @@ class Behind(Holding):
         """Give the run back, when all is written. Safe to call twice. facts: for the journal, beside the event."""
         if self._lock is None:
             return
-        self.space.patient = False
+        self.space.patient, self._awaited = False, True
         if not self._writer.end():
             step = self._under_way
             warn(f"the disk of {self.root} hangs: the save of step {step} is given up, earlier checkpoints are intact")

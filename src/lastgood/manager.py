@@ -11,6 +11,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from lastgood import policy
@@ -228,7 +229,6 @@ class Manager(Behind):
         return lack
 
     def _publish(self, staging: Staging, save: Save) -> Record:
-        begun = time.perf_counter()
         record = commit(
             save.door,
             staging,
@@ -243,12 +243,11 @@ class Manager(Behind):
             facts=save.facts,
         )
         assert record.manifest is not None
-        now = time.perf_counter()
         self.lineage, self.parent = record.manifest.lineage, record.id
         self.saved[save.step] = record
         self.space.saved(record.manifest)
-        self.took = now - save.started
-        spent = {"stall": save.stall or self.took, **staging.seconds, "copy": save.copy, "sync": now - begun}
+        self.took = time.perf_counter() - save.started
+        spent = {"stall": save.stall or self.took, **staging.seconds, "copy": save.copy}
         journal.append(
             save.door, "saved", step=save.step, id=record.id, bytes=record.size, seconds=round(self.took, 4),
             spent={name: round(spent.get(name, 0.0), 4) for name in SPENT},
@@ -270,14 +269,16 @@ class Manager(Behind):
         except OSError as error:
             warn(f"retention: {error}; nothing was deleted, the next save tries again")
             return ()
-        decisions = policy.decide(found, self.keep, protect=stay)
+        decisions, graves = policy.decide(found, self.keep, protect=stay), list[Path]()
         try:
             with self._fenced():
-                gc.execute(self.door, gc.plan([d.record for d in decisions], decisions), sightings=self._sightings)
+                todo = gc.plan([d.record for d in decisions], decisions)
+                gc.execute(self.door, todo, sightings=self._sightings, graves=graves)
                 leases.sweep(self.door, self._sightings)
         except OSError as error:
             # Too much on disk is better than a run that dies; the next save tries again.
             warn(f"retention: {self._told(error)}; nothing that is kept was touched, the rest goes at the next save")
+        self._dissolve(graves)
         return decisions
 
     def record(self, step: int, values: Mapping[str, object]) -> None:

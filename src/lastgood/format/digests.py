@@ -50,19 +50,14 @@ def digests(path: Path, kind: Kind = NOW) -> tuple[FileEntry, dict[str, Place]]:
 
 def _digests(path: Path, kind: Kind) -> tuple[FileEntry, dict[str, Place]]:
     slots = read_header(path).slots
-    waiting = list(slots.values())
-    whole, each, at, next_ = Sum(kind), Each(kind), 0, 0
+    sizes = [slot.end - slot.begin for slot in slots.values()]
+    start = min((slot.begin for slot in slots.values()), default=0)
+    whole, each = Sum(kind), Each([start, *sizes], kind)
     with local.opened(path) as file:
         view = memoryview(bytearray(local.BLOCK))
         while count := fs.system.read_into(file.fileno(), view):
-            end = at + count
             whole.update(view[:count])
-            while next_ < len(waiting) and waiting[next_].end <= end:
-                slot = waiting[next_]
-                each.add(view[max(slot.begin - at, 0) : slot.end - at], last=True)
-                next_ += 1
-            if next_ < len(waiting) and waiting[next_].begin < end:
-                each.add(view[max(waiting[next_].begin - at, 0) : count], last=False)
-            at = end
-    found = zip(slots.items(), each.told, strict=False)  # fewer than there were, if the file was cut short meanwhile
+            if slots:
+                each.update(view[:count])
+    found = zip(slots.items(), each.told[1:], strict=False)  # fewer than there were, if the file was cut meanwhile
     return whole.entry(), {n: Place(slot, f"{signature(slot.dtype, slot.shape)}:{told}") for (n, slot), told in found}

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,11 @@ HEADER_LIMIT = 100 << 20
 
 ALIGNED = 64
 """Bytes: on the CPU torch begins each tensor at a multiple of it (gAlignment in its c10/core/alignment.h)."""
+
+SMALL = 1 << 16
+"""Bytes (64 KiB) below which tensors are gathered before they are written."""
+GATHERED = 1 << 19
+"""Bytes (512 KiB) of what is gathered: it stays in the cache of the processor."""
 
 SIZES = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
@@ -89,8 +95,8 @@ def ordered(tensors: Iterable[Tensor]) -> list[Tensor]:
 def place(size: int, width: int, name: str) -> tuple[bool, int, str]:
     """What tensors are sorted by: those of whole `ALIGNED` bytes come first, then the others, wide dtypes first.
 
-    So each begins at a multiple of its width, and each large one at a multiple of ALIGNED: it can be used where the file
-    was read to, while it would have to be moved from where a scalar before it has pushed it.
+    So each begins at a multiple of its width, and each large one at a multiple of ALIGNED: it can be used where the
+    file was read to, while it would have to be moved from where a scalar before it has pushed it.
     """
     return size % ALIGNED != 0, -width, name
 
@@ -109,22 +115,33 @@ def encode(
     every = ordered(tensors)
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
-    for tensor in every:
-        if tensor.name in header or tensor.name == "__metadata__":
-            raise UsageError(f"two tensors are called {tensor.name!r}")
-        if len(tensor.data) != _width(tensor) * _count(tensor.shape):
-            raise UsageError(f"tensor {tensor.name!r} has {len(tensor.data)} bytes, not those of its shape")
-        end = offset + len(tensor.data)
-        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
+    for name, dtype, shape, data in every:
+        if name in header or name == "__metadata__":
+            raise UsageError(f"two tensors are called {name!r}")
+        count = len(data)
+        if count != SIZES[dtype] * math.prod(shape):
+            raise UsageError(f"tensor {name!r} has {count} bytes, not those of its shape")
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": (offset, offset + count)}
+        offset += count
     start = header_bytes(header)
+    return len(start) + offset, _gathered([start, *(tensor.data for tensor in every)])
 
-    def chunks() -> Iterator[bytes | memoryview]:
-        yield start
-        for tensor in every:
-            yield tensor.data
 
-    return len(start) + offset, chunks()
+def _gathered(chunks: Sequence[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+    """The same bytes, small ones in blocks: a call to the system for each of thousands of tensors is too much."""
+    small: list[bytes | memoryview] = []
+    count = 0
+    for chunk in chunks:
+        if len(chunk) < SMALL:
+            small.append(chunk)
+            count += len(chunk)
+        if small and (count >= GATHERED or len(chunk) >= SMALL):
+            yield b"".join(small)
+            small, count = [], 0
+        if len(chunk) >= SMALL:
+            yield chunk
+    if small:
+        yield b"".join(small)
 
 
 def read_header(path: Path) -> Header:
@@ -171,7 +188,7 @@ def _slot(name: str, value: dict[str, object], start: int) -> Slot:
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
         raise ValueError(f"tensor {name[:100]!r} has offsets {offsets!r}")
     begin, end = offsets
-    if end - begin != SIZES[dtype] * _count(tuple(shape)):
+    if end - begin != SIZES[dtype] * math.prod(shape):
         raise ValueError(f"tensor {name[:100]!r} has not the bytes of {dtype}{str(shape)[:100]}")
     return Slot(dtype, tuple(shape), start + begin, start + end)
 
@@ -210,10 +227,3 @@ def _width(tensor: Tensor) -> int:
     if tensor.dtype not in SIZES:
         raise UsageError(f"tensor {tensor.name!r} has dtype {tensor.dtype}, which safetensors has no word for")
     return SIZES[tensor.dtype]
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for extent in shape:
-        total *= extent
-    return total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -32,6 +33,7 @@ def commit(
     facts: Mapping[str, object],
 ) -> Record:
     """Publish what was staged as a checkpoint. Raises SaveFailed (nothing was published) or Conflict."""
+    staging.flush()
     manifest = Manifest(
         format=FORMAT,
         id=staging.id,
@@ -42,25 +44,26 @@ def commit(
         parent=parent,
         created=created,
         parts={part: tuple(names) for part, names in staging.parts.items()},
-        files=dict(staging.files),
+        files={name: staging.files[name] for names in staging.parts.values() for name in names},
         environment=dict(environment),
         arguments=dict(arguments),
         facts=dict(facts),
     )
     content = codec.encode(manifest)
-    staging.sync()
     with explained(staging.directory):
         raise_format(root)
         # All that is large is there: for want of a block for the record it must not have been for nothing.
-        reserve.spend(root, lambda: local.write(staging.directory / codec.NAME, [content]))
-        for directory in staging.directories():
-            local.sync_dir(directory)
+        reserve.spend(root, lambda: local.write(staging.directory / codec.NAME, [content], sync=False))
+    started = time.perf_counter()
+    staging.sync()
+    with explained(staging.directory):
         name = _make_room(root, manifest)
         _publish(staging.directory, root / name)
     if local.read(root / name / codec.NAME, codec.LIMIT) != content:
         raise Conflict(
             f"{plain(root) / name} was written by somebody else at the same moment", hint="run one writer at a time"
         )
+    staging.seconds["sync"] = time.perf_counter() - started
     state: State = "full" if manifest.full else "weights"
     return Record(name=name, step=step, state=state, manifest=manifest, poisoned=poison.reason(manifest, {}))
 

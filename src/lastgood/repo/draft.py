@@ -50,19 +50,14 @@ class Draft(Staging):
         tensors: Iterable[safetensors.Tensor],
         metadata: Mapping[str, str] | None = None,
         *,
-        hashed: bool = False,
-    ) -> dict[str, str]:
-        """Copy them. Raises Short where memory is; UsageError for what no file can hold.
-
-        hashed: returns what is filled with the digests when the file is written.
-        """
+        told: dict[str, str] | None = None,
+    ) -> None:
+        """Copy them. Raises Short where memory is; UsageError for what no file can hold."""
         started = time.perf_counter()
         source = Copied(tuple(entry._replace(data=self.arena.keep(entry.data)) for entry in tensors))
         safetensors.encode(source.entries, metadata)  # what is wrong with them is told by the call that is at fault
         self._spent("copy", started)
-        found: dict[str, str] = {}
-        self._will(part, lambda out: found.update(out.tensors(name, part, source.tensors(), metadata, hashed=hashed)))
-        return found
+        self._will(part, lambda out: out.tensors(name, part, source.tensors(), metadata, told=told))
 
     def data(self, name: str, part: str, content: Content) -> None:
         """Remember it; a function is called by whoever writes, and may look at nothing but what was copied."""

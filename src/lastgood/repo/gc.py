@@ -19,6 +19,7 @@ from lastgood.repo.layout import hidden
 from lastgood.repo.read import held_by, identify, records
 from lastgood.repo.run import read_head, write_head
 from lastgood.store import local
+from lastgood.store.dissolve import STEP
 
 RESUME_ONLY = frozenset({"optimizer.safetensors", "resume.json"})
 """Files that only a full checkpoint has: what an interrupted strip may leave behind."""
@@ -73,11 +74,19 @@ def gain(decision: Decision) -> int:
     return record.size if decision.action == "delete" else record.size - stripped(record.manifest).size
 
 
-def execute(root: Path, todo: Plan, *, undoable: str | None = None, sightings: leases.Sightings | None = None) -> None:
+def execute(
+    root: Path,
+    todo: Plan,
+    *,
+    undoable: str | None = None,
+    sightings: leases.Sightings | None = None,
+    graves: list[Path] | None = None,
+) -> None:
     """Carry it out. Raises OSError; what was done until then is complete, the rest is untouched.
 
     undoable: the number of an operation of `bin.begin`, to put things there instead of freeing their space.
-    sightings: of leases, by a process that goes on.
+    sightings: of leases, by a process that goes on. graves: takes the directories of what is large and out of sight,
+    which the caller removes when there is time for it (`store.dissolve`); what it doesn't the next `sweep` does.
     """
     if undoable is not None and any(item.action == "delete" for item in todo.items):
         _reserve_numbers(root, todo)
@@ -89,9 +98,9 @@ def execute(root: Path, todo: Plan, *, undoable: str | None = None, sightings: l
             if why:  # by somebody else since the plan was made: that needs no lock of the run
                 journal.append(root, "spared", step=item.record.step, id=item.record.id, reasons=[why])
             elif item.action == "delete":
-                _delete(root, item, undoable)
+                _delete(root, item, undoable, graves)
             else:
-                _strip(root, item, undoable)
+                _strip(root, item, undoable, graves)
 
 
 def _held_now(root: Path, id: str, sightings: leases.Sightings | None) -> str:
@@ -110,7 +119,7 @@ def _reserve_numbers(root: Path, todo: Plan) -> None:
         write_head(root, Head(run=run, lineage=lineage_in_force(found, head), next=number))
 
 
-def _delete(root: Path, item: Item, undoable: str | None) -> None:
+def _delete(root: Path, item: Item, undoable: str | None, graves: list[Path] | None) -> None:
     name, facts = item.record.name, {"step": item.record.step, "id": item.record.id}
     if undoable is not None:
         bin.put(root, undoable, name)
@@ -120,11 +129,14 @@ def _delete(root: Path, item: Item, undoable: str | None) -> None:
     # The rename makes it vanish as a whole: half a checkpoint is never seen under its name.
     reserve.spend(root, lambda: local.vanish(root / name, hole))
     journal.append(root, "deleted", **facts, bytes=item.bytes, reasons=item.reasons)
-    local.remove_tree(hole)
+    if graves is not None and item.bytes > STEP:
+        graves.append(hole)
+    else:
+        local.remove_tree(hole)
     after.remove(root, item.record.id)
 
 
-def _strip(root: Path, item: Item, undoable: str | None) -> None:
+def _strip(root: Path, item: Item, undoable: str | None, graves: list[Path] | None) -> None:
     manifest = item.record.manifest
     assert manifest is not None
     directory, light = root / item.record.name, stripped(manifest)
@@ -136,12 +148,22 @@ def _strip(root: Path, item: Item, undoable: str | None) -> None:
     for name in gone:
         if undoable is not None:
             bin.put(root, undoable, f"{item.record.name}/{name}")
+        elif graves is not None and manifest.files[name].size > STEP:
+            _bury(root, directory / name, graves)
         else:
             local.unlink(directory / name)
     reserve.spend(root, lambda: _guard(directory, light))
     local.sync_dir(directory)
     facts = {"step": item.record.step, "id": item.record.id, "bytes": item.bytes, "reasons": item.reasons}
     journal.append(root, "stripped", **facts, **({} if undoable is None else {"undo": undoable}))
+
+
+def _bury(root: Path, path: Path, graves: list[Path]) -> None:
+    """A large file out of a checkpoint: by a move, which takes no time."""
+    hole = grave(root)
+    reserve.spend(root, lambda: local.make_dir(hole, fresh=True))
+    local.vanish(path, hole / path.name)
+    graves.append(hole)
 
 
 def _guard(directory: Path, light: Manifest) -> None:

@@ -10,19 +10,24 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from lastgood.errors import LastgoodError, NotEnoughSpace, SaveFailed
+from lastgood.format import digests
 from lastgood.format import tensors as safetensors
-from lastgood.format.digests import told
 from lastgood.format.manifest import safe_name
 from lastgood.model import FileEntry
-from lastgood.repo.layout import hidden, new_id, plain
+from lastgood.repo.layout import MANIFEST, hidden, new_id, plain
 from lastgood.store import local
 from lastgood.store.checksum import Each
 from lastgood.store.quota import left
+from lastgood.store.together import together
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+
+WRITERS = 2
+"""Files that are written at the same time: while one waits for the disk, the other is copied and hashed."""
 
 Content = bytes | memoryview | Callable[[], bytes]
 """Of a file: itself, or a function that makes it when it is written."""
@@ -30,9 +35,11 @@ Content = bytes | memoryview | Callable[[], bytes]
 
 @dataclass(slots=True)
 class Staging:
-    """path: the directory, for libraries that write files of their own. files and parts: what is registered so far.
+    """Takes what a checkpoint is to hold; `flush` puts it on the disk, and nothing may change before.
 
-    seconds: spent on what: "hash" (making tensors.json of the hashes), "write" (with all hashing), "sync", "copy".
+    path: the directory, for libraries that write files of their own. parts: the names that were taken so far; files:
+    what is written. seconds: spent on what: "hash" (making tensors.json of the hashes), "write" (with all hashing),
+    "copy".
     """
 
     root: Path
@@ -40,6 +47,8 @@ class Staging:
     files: dict[str, FileEntry] = field(default_factory=dict)
     parts: dict[str, list[str]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    _waiting: dict[str, Callable[[Path], FileEntry]] = field(default_factory=dict)
+    _about: dict[str, Callable[[Path], FileEntry]] = field(default_factory=dict)  # what is made when those are written
 
     @property
     def directory(self) -> Path:
@@ -56,25 +65,39 @@ class Staging:
         tensors: Iterable[safetensors.Tensor],
         metadata: Mapping[str, str] | None = None,
         *,
-        hashed: bool = False,
-    ) -> dict[str, str]:
-        """Write a safetensors file. hashed: returns name -> digest of what is in it, hashed as it was written.
+        told: dict[str, str] | None = None,
+    ) -> None:
+        """A safetensors file. told: gets name -> digest of what is in it, hashed as it is written.
 
-        Raises SaveFailed or NotEnoughSpace.
+        Raises SaveFailed, and UsageError for what no file can hold.
         """
         entries = safetensors.ordered(tensors)
         size, chunks = safetensors.encode(entries, metadata)
-        each = Each() if hashed else None
-        self._write(name, part, lambda path: local.write(path, chunks, size=size, sync=False, each=each))
-        return {} if each is None else told(entries, each.told[1:])  # behind the header
+
+        def write(path: Path) -> FileEntry:
+            sizes = [len(entry.data) for entry in entries]
+            each = None if told is None else Each([size - sum(sizes), *sizes])
+            written = local.write(path, chunks, size=size, sync=False, each=each)
+            if told is not None and each is not None:
+                told.update(digests.told(entries, each.told[1:]))  # behind the header
+            return written
+
+        self._take(name, part, write)
 
     def data(self, name: str, part: str, content: Content) -> None:
-        """Write a file with this content. Raises SaveFailed or NotEnoughSpace."""
-        started = time.perf_counter()
-        made = content() if callable(content) else content
-        if callable(content):
+        """A file with this content; a function is called when the others have been written. Raises SaveFailed."""
+        if not callable(content):
+            self._take(name, part, lambda path: local.write(path, [content], sync=False))
+            return
+
+        def write(path: Path) -> FileEntry:
+            started = time.perf_counter()
+            made = content()
             self._spent("hash", started)
-        self._write(name, part, lambda path: local.write(path, [made], sync=False))
+            return local.write(path, [made], sync=False)
+
+        self._name(name, part)
+        self._about[name] = write
 
     def adopt(self, part: str) -> None:
         """Take in what libraries wrote into the directory; links and devices are refused."""
@@ -82,13 +105,37 @@ class Staging:
         for name, path in written_by_libraries(self.directory):
             if name not in self.files:
                 with explained(path):
-                    self._add(name, part, local.adopt(path))
+                    self._name(name, part)
+                    self.files[name] = local.adopt(path)
         self._spent("write", started)
 
+    def flush(self) -> None:
+        """Write all that was taken, some of it at the same time; it isn't durable yet.
+
+        At once, and not as each was taken: only then nobody's code runs any more, which could change it meanwhile.
+        Raises SaveFailed or NotEnoughSpace.
+        """
+        started, made = time.perf_counter(), dict[str, FileEntry]()
+        (todo, self._waiting), (about, self._about) = (self._waiting, {}), (self._about, {})
+
+        def act(name: str, write: Callable[[Path], FileEntry]) -> None:
+            path = self.directory / name
+            with explained(path):
+                local.make_parents(path, self.directory)
+                made[name] = write(path)
+
+        try:
+            for some in (todo, about):
+                together([partial(act, name, write) for name, write in some.items()], limit=WRITERS)
+        finally:  # also of a save that fails it is good to know how much room it took
+            self.files |= {name: made[name] for name in (*todo, *about) if name in made}
+            self._spent("write", started)
+
     def sync(self) -> None:
-        """Make everything in it durable; only then may the manifest be written."""
+        """Make everything in it durable, the names as well: all at the same time, so that one commit of the file
+        system's journal serves for all."""
         with explained(self.directory):
-            local.sync_files([self.directory / name for name in self.files])
+            local.sync_all([self.directory / name for name in (*self.files, MANIFEST)], self.directories())
 
     def discard(self) -> None:
         """Remove it; what can't be removed now goes with the next sweep."""
@@ -102,21 +149,18 @@ class Staging:
         inner = {self.directory.joinpath(*name.split("/")[:-1]) for name in self.files}
         return sorted(inner | {self.directory}, key=lambda path: -len(path.parts))
 
-    def _write(self, name: str, part: str, write: Callable[[Path], FileEntry]) -> None:
-        path, started = self.directory / name, time.perf_counter()
-        with explained(path):
-            local.make_parents(path, self.directory)
-            entry = write(path)
-        self._add(name, part, entry)
-        self._spent("write", started)
+    def _take(self, name: str, part: str, write: Callable[[Path], FileEntry]) -> None:
+        self._name(name, part)
+        self._waiting[name] = write
 
     def _spent(self, on: str, since: float) -> None:
         self.seconds[on] = self.seconds.get(on, 0.0) + time.perf_counter() - since
 
-    def _add(self, name: str, part: str, entry: FileEntry) -> None:
+    def _name(self, name: str, part: str) -> None:
         if not safe_name(name):
             raise SaveFailed(f"{name!r} can't be the name of a file in a checkpoint", hint="rename what writes it")
-        self.files[name] = entry
+        if name in self.files or name in self._waiting or name in self._about:
+            raise SaveFailed(f"two files of a checkpoint are called {name!r}", hint="rename what writes one of them")
         self.parts.setdefault(part, []).append(name)
 
 

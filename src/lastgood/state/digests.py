@@ -26,18 +26,18 @@ class Digests:
     names: list[str]
     known: dict[str, str]
     later: dict[str, Place]
-    _written: dict[str, Mapping[str, str]] = field(default_factory=dict)
+    told: dict[str, dict[str, str]] = field(default_factory=dict)
 
-    def written(self, file: str, told: Mapping[str, str]) -> None:
-        """What `Staging.tensors` tells of a file: complete when it has been written."""
-        self._written[file] = told
+    def of(self, file: str) -> dict[str, str]:
+        """Where to put the digests of a file, by the names that tensors have in it, when it has been written."""
+        return self.told.setdefault(file, {})
 
     def all(self) -> dict[str, str]:
         """live name -> digest, in the order of the names. To be called when the files have been written."""
         return {name: self.known.get(name) or self._found(*self.later[name]) for name in self.names}
 
     def _found(self, file: str, name: str) -> str:
-        return self._written[file][name]
+        return self.told[file][name]
 
 
 class File(Protocol):
@@ -68,9 +68,9 @@ class Held:
     def split(self, live: Mapping[str, torch.Tensor], prints: Fingerprints) -> tuple[dict[str, str], dict[str, Place]]:
         """(digests of what has to be hashed now, or was hashed before; where the others are)."""
         later = {
-            name: self.places[identity(tensor)]
+            name: place
             for name, tensor in live.items()
-            if self.has(tensor) and not prints.remembers(tensor)
+            if not prints.remembers(tensor) and tensor.numel() and (place := self.places.get(identity(tensor)))
         }
         return prints.of({name: tensor for name, tensor in live.items() if name not in later}), later
 
@@ -85,4 +85,4 @@ def identity(tensor: torch.Tensor) -> tuple[Any, ...]:
     """What two names of the very same tensor have in common; one without memory of its own is like no other."""
     if tensor.layout is not torch.strided or not tensor.data_ptr():
         return (id(tensor),)
-    return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), str(tensor.device))
+    return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.device)

@@ -33,7 +33,7 @@ RUN = frozenset({"loops", "callbacks", "optimizer_states", "lr_schedulers", "cur
 
 
 class Model(NamedTuple):
-    """The file of the state dict: what went into it, and the digests of that when it has been written."""
+    """The file of the state dict: what went into it, and the digests of that, once it has been written."""
 
     name: str
     tensors: dict[str, torch.Tensor]
@@ -44,7 +44,8 @@ def write_model(staging: Staging, checkpoint: Mapping[str, Any], precision: str)
     """Stage the part `model`; name -> why of the hyper-parameters that were left out."""
     state = checkpoint["state_dict"]
     weights = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    model = Model(MODEL, weights, staging.tensors(MODEL, "model", named(weights), METADATA, hashed=True))
+    model = Model(MODEL, weights, {})
+    staging.tensors(MODEL, "model", named(weights), METADATA, told=model.digests)
     tensors: dict[str, torch.Tensor] = {}
     about: dict[str, Any] = {"format": 1, "hyper": {}, "left_out": {}}
     for key in HYPER:

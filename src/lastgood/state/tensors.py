@@ -14,6 +14,9 @@ from lastgood.store.checksum import NOW, Kind, kind_of
 
 CODE_OF: dict[torch.dtype, str] = {getattr(torch, name): code for name, code in CODES.items() if hasattr(torch, name)}
 DTYPE_OF: dict[str, torch.dtype] = {code: dtype for dtype, code in CODE_OF.items()}
+SMALL = 1 << 14
+"""Bytes (16 KiB) up to which a tensor is copied faster than it is asked for its memory."""
+_COPIED = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32})
 
 
 def to_bytes(name: str, tensor: torch.Tensor) -> Tensor:
@@ -31,8 +34,9 @@ def to_bytes(name: str, tensor: torch.Tensor) -> Tensor:
         )
     if plain.is_meta:
         raise NotSupported(f"tensor {name!r} has no data (meta device)", hint="materialise the model before saving")
-    plain = plain.resolve_conj().resolve_neg().cpu().contiguous()
-    data = plain.reshape(-1).view(torch.uint8).numpy().data.cast("B")
+    if not (plain.is_cpu and plain.is_contiguous()) or plain.is_conj() or plain.is_neg():  # rare: each call costs a bit
+        plain = plain.resolve_conj().resolve_neg().cpu().contiguous()
+    data = plain.reshape(-1).view(torch.uint8).numpy().data
     return Tensor(name=name, dtype=code, shape=tuple(plain.shape), data=data)
 
 
@@ -109,5 +113,30 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 
 def named(tensors: Mapping[str, torch.Tensor]) -> Iterator[Tensor]:
-    """Entries in the order given, one at a time: what has to be brought from a device isn't all there at once."""
-    return (to_bytes(name, tensor) for name, tensor in tensors.items())
+    """Entries in the order given, one at a time: what has to be brought from a device isn't all there at once.
+
+    Small ones on the CPU are copied into one block first. To ask torch for the memory of each takes longer than that,
+    and a count of steps, or a bias, of thousands of parameters would be most of the time of a save.
+    """
+    small = _in_a_block({name: tensor for name, tensor in tensors.items() if _small(tensor)})
+    return (small.get(name) or to_bytes(name, tensor) for name, tensor in tensors.items())
+
+
+def _small(tensor: torch.Tensor) -> bool:
+    # Nothing that isn't plain: torch.cat must not have to convert anything.
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.dtype in _COPIED and tensor.is_cpu
+    return plain and tensor.layout is torch.strided and tensor.nbytes <= SMALL
+
+
+def _in_a_block(tensors: Mapping[str, torch.Tensor]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for dtype in {tensor.dtype for tensor in tensors.values()}:
+        some = {name: tensor for name, tensor in tensors.items() if tensor.dtype is dtype}
+        with torch.no_grad():
+            block = torch.cat([tensor.reshape(-1) for tensor in some.values()])
+        data, at = block.view(torch.uint8).numpy().data, 0
+        for name, tensor in some.items():
+            end = at + tensor.nbytes
+            found[name] = Tensor(name, CODE_OF[dtype], tuple(tensor.shape), data[at:end])
+            at = end
+    return found

@@ -48,9 +48,9 @@ def appearing(target: Path, *, directory: bool = True) -> Iterator[Path]:
 
 def _sync(staging: Path) -> None:
     if not staging.is_dir():
-        local.sync_files([staging])
+        local.sync_all([staging], ())
         return
     files = [path for path in staging.rglob("*") if path.is_file()]
-    local.sync_files(files)
+    local.sync_all(files, ())
     for folder in sorted({path.parent for path in files} | {staging}, key=lambda path: -len(path.parts)):
         local.sync_dir(folder)

@@ -7,6 +7,7 @@ hashed by BLAKE3, as it was then: each hash says which one it is.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from blake3 import blake3
@@ -57,26 +58,44 @@ class Sum:
 
 
 class Each:
-    """The hashes of tensors that pass one after the other, each in one piece or several. told: of those complete."""
+    """The hashes of tensors that pass one behind the other, cut anywhere. told: of those that are complete.
 
-    __slots__ = ("_open", "kind", "told")
+    sizes: of each, in bytes.
+    """
 
-    def __init__(self, kind: Kind = NOW) -> None:
-        self.kind: Kind = kind
+    __slots__ = ("_kind", "_left", "_open", "_sizes", "told")
+
+    def __init__(self, sizes: Iterable[int], kind: Kind = NOW) -> None:
         self.told: list[str] = []
-        self._open: Sum | None = None
+        self._kind: Kind = kind
+        self._sizes = iter(sizes)
+        self._left = -1  # bytes to come of the tensor that passes; -1: none is expected
+        self._open: Sum | None = None  # the hash of those of its bytes that have passed
+        self._next()
 
-    def add(self, piece: memoryview, *, last: bool) -> None:
-        """The next piece; last: of its tensor."""
-        if last and self._open is None:
-            self.told.append(of(piece, self.kind))
-            return
-        if self._open is None:
-            self._open = Sum(self.kind)
-        self._open.update(piece)
-        if last:
-            self.told.append(self._open.tensor())
-            self._open = None
+    def update(self, data: memoryview) -> None:
+        """These come next; what comes behind the last tensor is nobody's."""
+        at = 0
+        while at < len(data) and self._left >= 0:
+            end = min(at + self._left, len(data))
+            self._left -= end - at
+            piece, at = data[at:end], end
+            if self._open is None and not self._left:
+                self.told.append(of(piece, self._kind))
+            else:
+                self._open = self._open or Sum(self._kind)
+                self._open.update(piece)
+            if not self._left:
+                if self._open is not None:
+                    self.told.append(self._open.tensor())
+                    self._open = None
+                self._next()
+
+    def _next(self) -> None:
+        self._left = next(self._sizes, -1)
+        while self._left == 0:
+            self.told.append(of(memoryview(b""), self._kind))
+            self._left = next(self._sizes, -1)
 
 
 def of(data: memoryview, kind: Kind = NOW) -> str:

@@ -69,7 +69,7 @@ def begin(handle: int, size: int) -> bool:
 def write(handle: int, chunks: Iterable[Any], each: Each | None = None) -> FileEntry:
     """Write these bytes to a file that `begin` prepared, from its start; their number and hash. Raises OSError.
 
-    each: is given every chunk, too.
+    each: is given every byte, too.
 
     Nothing is being written any more then, unless `busy` says so.
     """
@@ -80,15 +80,13 @@ def write(handle: int, chunks: Iterable[Any], each: Each | None = None) -> FileE
         buffer, filled, hashed = out.free(), 0, 0
         for chunk in chunks:
             view = memoryview(chunk).cast("B")
-            if each is not None and not view:
-                each.add(view, last=True)
             while view:
                 piece = view[: min(PIECE, BUFFER - filled)]
                 buffer[filled : filled + len(piece)] = piece
                 filled, view = filled + len(piece), view[len(piece) :]
                 # What is hashed is what is written, even if somebody changes the tensor meanwhile.
                 if each is not None:
-                    each.add(buffer[filled - len(piece) : filled], last=not view)
+                    each.update(buffer[filled - len(piece) : filled])
                 if filled - hashed >= PIECE or filled == BUFFER:
                     whole.update(buffer[hashed:filled])
                     hashed = filled

@@ -14,16 +14,21 @@ import re
 import stat
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from lastgood.model import FileEntry
 from lastgood.store import direct, fs
 from lastgood.store.checksum import NOW, Each, Kind, Sum
+from lastgood.store.together import together
 
 BLOCK = 1 << 20
 """Bytes read at a time when a file is hashed (1 MiB): they stay in the cache of the processor, and the interpreter,
 whose lock is given back for each of them, isn't asked too often."""
+
+SYNCS = 16
+"""Files that are made durable at the same time: a commit of the file system's journal serves all that ask by then."""
 
 # Each of these exists on some systems only; O_BINARY keeps Windows from translating line ends.
 _SAFE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
@@ -52,8 +57,8 @@ def write(
     """Create `path` with these bytes; on an error it doesn't exist.
 
     size: how many there are, if that is known: a large file goes past the page cache then, where that is possible.
-    sync: durable when this returns, but for its directory entry; otherwise `sync_files` has to follow.
-    each: hashes every chunk as it is written.
+    sync: durable when this returns, but for its directory entry; otherwise `sync_all` has to follow.
+    each: hashes the bytes as they are written.
     """
     handle = fs.system.open(path, _NEW)
     try:
@@ -81,7 +86,7 @@ def _fill(handle: int, chunks: Iterable[Buffer], each: Each | None) -> FileEntry
         view = memoryview(chunk).cast("B")
         whole.update(view)
         if each is not None:
-            each.add(view, last=True)
+            each.update(view)
         while view:
             view = view[fs.system.write(handle, view) :]
     return whole.entry()
@@ -133,17 +138,23 @@ def adopt(path: Path) -> FileEntry:
     return digest(path)
 
 
-def sync_files(paths: Sequence[Path]) -> None:
-    """Make the content of files durable. At the same time: a journaling file system then commits them together."""
+def sync_all(files: Sequence[Path], folders: Sequence[Path]) -> None:
+    """Make the content of files and the names in directories durable, all at the same time."""
+    acts = [*(partial(_sync_file, path) for path in files), *(partial(sync_dir, path) for path in folders)]
+    together(acts, limit=SYNCS)
 
-    def sync(path: Path) -> None:
-        handle = fs.system.open(path, os.O_RDWR | _SAFE)
-        try:
-            fs.system.sync(handle)
-        finally:
-            fs.system.close(handle)
 
-    at_once(sync, paths)
+def reopened(path: Path) -> int:
+    """A descriptor of a file that is there, to change or to sync it; whoever asks closes it."""
+    return fs.system.open(path, os.O_RDWR | _SAFE)
+
+
+def _sync_file(path: Path) -> None:
+    handle = reopened(path)
+    try:
+        fs.system.sync(handle)
+    finally:
+        fs.system.close(handle)
 
 
 def at_once(act: Callable[[S], T], items: Iterable[S], *, limit: int = 4) -> list[T]:
@@ -175,10 +186,8 @@ def sync_dir(path: Path) -> None:
 
 def sync_tree(directory: Path, files: Sequence[str]) -> None:
     """Make files (relative names) in a directory, their names and the directory's own name durable."""
-    sync_files([directory / name for name in files])
     folders = {(directory / name).parent for name in files} | {directory, directory.parent}
-    for folder in sorted(folders, key=lambda path: -len(path.parts)):
-        sync_dir(folder)
+    sync_all([directory / name for name in files], sorted(folders, key=lambda path: -len(path.parts)))
 
 
 def make_dirs(path: Path) -> None:

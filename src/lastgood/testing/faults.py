@@ -135,6 +135,9 @@ class Faulty(FileSystem):
     def allocate(self, handle: int, size: int) -> None:
         self._call("allocate", True, super().allocate, handle, size)
 
+    def truncate(self, handle: int, size: int) -> None:
+        self._call("truncate", True, super().truncate, handle, size)
+
     def read(self, handle: int, count: int) -> bytes:
         return bytes(self._call("read", False, super().read, handle, count))
 

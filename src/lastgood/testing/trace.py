@@ -139,6 +139,14 @@ class Recorder(FileSystem):
         if node is not None:
             self._did(Filled(node, bytes(size), 0))
 
+    def truncate(self, handle: int, size: int) -> None:
+        node = self._node(self._open[handle]) if handle in self._open else None
+        super().truncate(handle, size)
+        if node is not None:
+            old = self.now.nodes[node]
+            assert isinstance(old, bytes)
+            self._did(Filled(node, old[:size], 0, whole=True))
+
     def sync(self, handle: int) -> None:
         super().sync(handle)
         if handle in self._open:

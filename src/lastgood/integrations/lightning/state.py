@@ -53,8 +53,7 @@ class Weights:
     ) -> None:
         """Digests of all tensors, and those that are trained or changed and neither in `model` nor among `stored`."""
         live = live_tensors(module)
-        digests = Digests(list(live), *Held.of([model]).split(live, self.prints))
-        digests.written(model.name, model.digests)
+        digests = Digests(list(live), *Held.of([model]).split(live, self.prints), {model.name: model.digests})
         held = {identity(tensor) for tensor in (*model.tensors.values(), *stored)}
         lost = {
             name: tensor

@@ -93,8 +93,8 @@ class Model:
         if extras:
             files.append(TensorFile(self._path("extra.safetensors"), extras, {"format": "pt"}))
         for file in files:
-            told = out.staging.tensors(file.name, "model", named(file.tensors), file.metadata, hashed=True)
-            digests.written(file.name, told)
+            told = digests.of(file.name)
+            out.staging.tensors(file.name, "model", named(file.tensors), file.metadata, told=told)
         about |= {"tensors": digests, "files": [file.name for file in files]}
         computed = weights.computed(self.module) & set(digests.names)
         about["unstored"], about["transient"] = sorted(computed - set(extras)), sorted(computed & set(extras))

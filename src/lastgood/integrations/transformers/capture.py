@@ -58,8 +58,7 @@ def write(
         trainer.save_model(staging.path, _internal_call=True)
     digests, beside = coverage.extras(trainer.model, live, files)
     for file in files:
-        told = staging.tensors(file.name, "model", named(file.tensors), file.metadata, hashed=True)
-        digests.written(file.name, told)
+        staging.tensors(file.name, "model", named(file.tensors), file.metadata, told=digests.of(file.name))
     if beside:
         staging.tensors("extra.safetensors", "model", named(beside), TENSOR_METADATA)
     made = computed(trainer.model) & set(digests.names)
