@@ -89,8 +89,8 @@ def ordered(tensors: Iterable[Tensor]) -> list[Tensor]:
 def place(size: int, width: int, name: str) -> tuple[bool, int, str]:
     """What tensors are sorted by: those of whole `ALIGNED` bytes come first, then the others, wide dtypes first.
 
-    So each begins at a multiple of its width, and each large one at a multiple of ALIGNED: it can be used where the file
-    was read to, while it would have to be moved from where a scalar before it has pushed it.
+    So each begins at a multiple of its width, and each large one at a multiple of ALIGNED: it can be used where the
+    file was read to, while it would have to be moved from where a scalar before it has pushed it.
     """
     return size % ALIGNED != 0, -width, name
 
