@@ -30,13 +30,11 @@ class Entry(NamedTuple):
 def safetensors_size(entries: Iterable[Entry], *, ours: bool) -> int:
     """Bytes of one safetensors file: the JSON header with its length, padded, and the elements.
 
-    ours: as lastgood writes it, in its own order and with the header padded to 64 bytes; else as the library does, to 8.
+    ours: as lastgood writes it, in its own order and with the header padded to 64 bytes; else as the library, to 8.
     """
     header: dict[str, object] = {"__metadata__": METADATA}
     offset = 0
-    for entry in sorted(
-        entries, key=lambda e: place(e.size, SIZES[e.dtype], e.name) if ours else (False, -SIZES[e.dtype], e.name)
-    ):
+    for entry in sorted(entries, key=lambda entry: place(entry.size if ours else 0, SIZES[entry.dtype], entry.name)):
         end = offset + entry.size
         header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [offset, end]}
         offset = end
