@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 
 from lastgood import CheckpointManager
 from lastgood.model import FileEntry
-from lastgood.store import direct, local
+from lastgood.store import checksum, direct, local
+from lastgood.store.checksum import Each
 from lastgood.testing import Crash, Cut, Fault, Faulty, FileSystem, Recorder, cuts, using
 
 from faults import lanes
@@ -96,8 +97,8 @@ def content(count: int) -> bytes:
     return random.Random(0).randbytes(count)
 
 
-def written(path: Path, chunks: list[bytes], *, sync: bool = True) -> FileEntry:
-    return local.write(path, iter(chunks), size=sum(map(len, chunks)), sync=sync)
+def written(path: Path, chunks: list[bytes], *, sync: bool = True, each: Each | None = None) -> FileEntry:
+    return local.write(path, iter(chunks), size=sum(map(len, chunks)), sync=sync, each=each)
 
 
 # ---- the same file -----------------------------------------------------------------------
@@ -113,7 +114,10 @@ def test_any_sequence_of_buffers_gives_the_same_bytes_and_hash(lengths: list[int
     root = data.draw(st.sampled_from([REAL, MEMORY] if MEMORY.exists() else [REAL]))
     with tempfile.TemporaryDirectory(dir=root) as folder:
         plain, past = Path(folder, "plain"), Path(folder, "past")
-        assert written(past, chunks) == local.write(plain, chunks) == local.digest(past)
+        told = Each(), Each()
+        entry = written(past, chunks, each=told[0])
+        assert entry == local.write(plain, chunks, each=told[1]) == local.digest(past)
+        assert told[0].told == told[1].told == [checksum.of(memoryview(chunk)) for chunk in chunks]
         assert past.read_bytes() == plain.read_bytes() == whole
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from lastgood.format.tensors import SIZES
+from lastgood.format.tensors import SIZES, header_bytes, place
 
 METADATA = {"format": "pt"}
 SHARD = 50_000_000_000
@@ -27,22 +27,27 @@ class Entry(NamedTuple):
         return SIZES[self.dtype] * math.prod(self.shape)
 
 
-def safetensors_size(entries: Iterable[Entry]) -> int:
-    """Bytes of one safetensors file: 8, the JSON header padded to 8, the elements."""
+def safetensors_size(entries: Iterable[Entry], *, ours: bool) -> int:
+    """Bytes of one safetensors file: the JSON header with its length, padded, and the elements.
+
+    ours: as lastgood writes it, in its own order and with the header padded to 64 bytes; else as the library, to 8.
+    """
     header: dict[str, object] = {"__metadata__": METADATA}
     offset = 0
-    for entry in sorted(entries, key=lambda entry: (-SIZES[entry.dtype], entry.name)):
+    for entry in sorted(entries, key=lambda entry: place(entry.size if ours else 0, SIZES[entry.dtype], entry.name)):
         end = offset + entry.size
         header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [offset, end]}
         offset = end
+    if ours:
+        return len(header_bytes(header)) + offset
     text = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
     return 8 + text + -text % 8 + offset
 
 
-def weights_size(entries: Iterable[Entry]) -> int:
+def weights_size(entries: Iterable[Entry], *, ours: bool) -> int:
     """As save_pretrained writes them: one file, or shards of at most 50 GB and an index."""
     entries = tuple(entries)
-    total = safetensors_size(entries)
+    total = safetensors_size(entries, ours=ours)
     if total <= SHARD:
         return total
     return total + 100 + sum(len(entry.name) + 45 for entry in entries)

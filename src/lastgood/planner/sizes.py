@@ -30,7 +30,7 @@ RNG_FILE, RNG_JSON = 14_400, 3 * 13_600 + 400  # JSON: now, at the start of the 
 SCHEDULER_FILE, SCHEDULER_JSON = 1_470, 200
 STATE_FILE, LOG_ROW = 1_100, 150  # trainer_state.json, and what each entry of its log adds
 ARGUMENTS_FILE = 5_300
-MANIFEST, MANIFEST_ADAPTER = 5_600, 1_300
+MANIFEST, MANIFEST_ADAPTER = 5_330, 1_300
 ADAPTER_FILES = 6_400  # README.md and adapter_config.json
 
 
@@ -97,7 +97,9 @@ def sizes(model: Model, training: Training, *, writer: Writer = "lastgood") -> S
     measure = _trainer_state if writer == "trainer" else _lastgood_state
     state = measure(states)
     parts = {
-        "weights": weights_size(Entry(one.saved, one.dtype, one.tensor.shape) for one in kept),
+        "weights": weights_size(
+            (Entry(one.saved, one.dtype, one.tensor.shape) for one in kept), ours=writer == "lastgood"
+        ),
         "optimizer": state,
         "master": measure(copies) - state if master else 0,
         **_small(model, kept if lora else (), lora or model.adapter, writer, training),
@@ -202,7 +204,7 @@ def _lastgood_state(states: States) -> int:
         text += len(one.live) + 4  # in its group, and then with its state
         text += len(one.live) + 31 if slots else 0
         text += sum(len(one.live) + 2 * len(slot.key) + 30 for slot in slots)
-    return safetensors_size(entries) + text
+    return safetensors_size(entries, ours=True) + text
 
 
 def _small(model: Model, added: Sequence[_Kept], lora: bool, writer: Writer, training: Training) -> dict[str, int]:
@@ -217,7 +219,7 @@ def _small(model: Model, added: Sequence[_Kept], lora: bool, writer: Writer, tra
     there = (*model.tensors, *model.buffers)
     live = [("base_model.model." if added else "") + tensor.name for tensor in there] + [one.live for one in added]
     shapes = [tensor.shape for tensor in there] + [one.tensor.shape for one in added]
-    digests = sum(len(name) + len(str(list(shape))) + 46 for name, shape in zip(live, shapes, strict=True))
+    digests = sum(len(name) + len(str(list(shape))) + 51 for name, shape in zip(live, shapes, strict=True))
     guards = sum(len(guard.content(name)) for name in guard.NAMES)
     return {
         "scheduler": SCHEDULER_JSON,
