@@ -171,6 +171,7 @@ def test_a_commit_record_fits_into_the_reserve(small: Path) -> None:
 
     def write(staging: Staging) -> None:
         stage(1)(staging)
+        staging.flush()
         space.leave(small, pages=0)
 
     assert made.save(1, write, estimate=1, environment={}, arguments={}, facts={}) is not None

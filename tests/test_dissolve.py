@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -10,16 +12,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lastgood.background import Background
+from lastgood.format.tensors import Tensor
 from lastgood.manager import Manager
 from lastgood.model import Record
 from lastgood.policy import Keep
 from lastgood.repo import bin
 from lastgood.repo.read import records
 from lastgood.repo.staging import Staging
-from lastgood.store import local
+from lastgood.store import direct, local
 from lastgood.store.dissolve import STEP, dissolve
 from lastgood.store.together import together
 from lastgood.testing import Fault, Faulty, FileSystem, Model, Recorder, cuts, using
+from lastgood.writer import NICE
 
 
 def filled(path: Path, sizes: list[int]) -> Path:
@@ -100,7 +105,8 @@ def save(made: Manager, step: int, size: int, before: Callable[[], bool] = lambd
     def write(staging: Staging) -> None:
         assert before()
         staging.data("model.safetensors", "model", bytes(100))
-        staging.data("optimizer.safetensors", "optimizer", bytes(size))
+        entry = Tensor("w", "U8", (size,), memoryview(bytes(size)))
+        staging.tensors("optimizer.safetensors", "optimizer", [entry])
         staging.data("resume.json", "progress", b"{}")
 
     made.on_error = "raise"
@@ -182,3 +188,58 @@ def test_where_calls_are_counted_one_comes_after_the_other() -> None:
     with using(Faulty()):
         together([lambda n=n: seen.append((n, threading.current_thread().name)) for n in range(9)], limit=4)  # type: ignore[misc]
     assert seen == [(n, threading.current_thread().name) for n in range(9)]
+
+
+class Nice(FileSystem):
+    """Notes the priority of each thread that writes or syncs. No number where the system has none by thread."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, set[int]] = {}
+
+    def _note(self) -> None:
+        name = threading.current_thread().name
+        self.seen.setdefault(name, set()).add(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+
+    def write(self, handle: int, data: bytes | memoryview) -> int:
+        self._note()
+        return super().write(handle, data)
+
+    def sync(self, handle: int) -> None:
+        self._note()
+        super().sync(handle)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have a priority of their own on Linux alone")
+def test_whatever_writes_in_the_background_gives_way_to_training(tmp_path: Path) -> None:
+    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    made, disk = Manager(root=tmp_path, background=Background()), Nice()
+    made.open()
+    made.begin_fresh()
+    with using(disk):
+        save(made, 1, 2 * direct.LARGE)
+        made.settle()
+    made.close()
+    here = threading.current_thread().name
+    assert {name for name in disk.seen if name != here} >= {"lastgood writer", "lastgood-write", "lastgood-help"}
+    assert all(seen == {min(19, own + NICE)} for name, seen in disk.seen.items() if name != here), disk.seen
+
+
+def test_what_all_saves_use_is_there_before_the_first_one(tmp_path: Path) -> None:
+    made, asked = Manager(root=tmp_path, background=Background(memory=1 << 26)), []
+    made.open()
+    made.begin_fresh()
+    for _ in range(2):
+        made.warm(lambda: asked.append(1) or 40 << 20)  # type: ignore[func-returns-value]
+    made.settle()
+    assert asked == [1] and made._arena.held >= 40 << 20
+    if sys.platform == "linux":
+        assert direct._idle
+    made.close()
+    assert not made._arena.held
+    poor = Manager(root=tmp_path, background=Background(memory=1 << 20))
+    poor.open()
+    poor.begin_fresh()
+    poor.warm(lambda: 40 << 20)
+    poor.settle()  # no word of it before a save needs it
+    assert not poor._arena.held
+    poor.close()

@@ -6,6 +6,7 @@ Whoever asks what is on the disk is made to wait until all that was handed over 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,9 +16,9 @@ from lastgood.model import Record, Span
 from lastgood.repo import journal
 from lastgood.repo.lock import RunLock
 from lastgood.repo.read import records
-from lastgood.store import local
+from lastgood.store import direct, local
 from lastgood.store.dissolve import dissolve
-from lastgood.store.memory import Arena
+from lastgood.store.memory import Arena, Short
 from lastgood.talk import say, warn
 from lastgood.units import size
 from lastgood.writer import Writer
@@ -70,12 +71,33 @@ class Behind(Holding):
     _writer: Writer = field(default_factory=Writer, init=False)
     _arena: Arena = field(default_factory=Arena, init=False)
     _announced: bool = field(default=False, init=False)
+    _warm: bool = field(default=False, init=False)
 
     def open(self, *, takeover: bool = False) -> None:
         """Become the only writer, with a thread of this process; see `Holding.open`."""
         self._writer, self._arena = Writer(), Arena()
-        self._hurry = self._awaited = False
+        self._hurry = self._awaited = self._warm = False
         Holding.open(self, takeover=takeover)
+
+    def warm(self, estimate: Callable[[], int]) -> None:
+        """Have the memory ready that all saves use, while training goes on: the first one would wait for it.
+
+        To be called behind the first step, when optimizers have their state, and as often as that is simpler.
+        estimate: gives the bytes of a save.
+        """
+        if self._warm or self._lock is None or not self._writer.mine:
+            return
+        self._warm, count, background = True, estimate(), self.background
+
+        def job() -> None:
+            if background is not None:
+                self._arena.budget = background.budget
+                with suppress(Short):  # the save itself says so
+                    self._arena.ready(count)
+            direct.ready()
+
+        if count >= direct.LARGE:
+            self._writer.submit(job)
 
     @property
     def busy(self) -> bool:

@@ -13,7 +13,8 @@ from contextlib import suppress
 from lastgood.talk import warn
 
 NICE = 5
-"""How much lower its priority is (Linux): where training uses every core, the writer takes what is left over."""
+"""How much lower its priority is, and that of the threads that it starts (Linux): where training uses every core, the
+writer takes what is left over."""
 PATIENCE = 60.0
 """Seconds that the end of a process waits for the writer, and more for more bytes: a disk may hang for ever."""
 IDLE = 30.0
@@ -107,7 +108,8 @@ class Writer:
     def _run(self) -> None:
         with suppress(AttributeError, OSError):  # of this thread alone, on Linux; elsewhere that can't be said
             if os.uname().sysname == "Linux":
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+                me = threading.get_native_id()
+                os.setpriority(os.PRIO_PROCESS, me, min(19, os.getpriority(os.PRIO_PROCESS, me) + NICE))
         while True:
             with self._changed:
                 while not self._jobs:

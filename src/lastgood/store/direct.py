@@ -46,6 +46,12 @@ _KEPT = 2
 """Sets of buffers that stay for the next file (24 MiB each)."""
 
 
+def ready() -> None:
+    """Have the buffers that are kept before the first file needs them. Not where no file is written in this way."""
+    if sys.platform == "linux":
+        _idle.extend([_aligned() for _ in range(BUFFERS)] for _ in range(_KEPT - len(_idle)))
+
+
 def begin(handle: int, size: int) -> bool:
     """Prepare a new, empty file for `write`; False where its file system knows no such way: nothing was changed then.
 
@@ -200,5 +206,7 @@ def _buffers() -> list[memoryview]:
 
 
 def _aligned() -> memoryview:
-    # Private: a process that was forked meanwhile must not fill the buffers of this one.
-    return memoryview(mmap.mmap(-1, BUFFER, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    # Private: a process that was forked meanwhile must not fill the buffers of this one. Faulted in at once: page by
+    # page, while they are filled, takes longer.
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)
+    return memoryview(mmap.mmap(-1, BUFFER, flags=flags))

@@ -153,6 +153,7 @@ class CheckpointManager:
                 hint="a fresh start needs a model with values: model.to_empty(device='cpu') and its own initialisation",
             )
         self._run.begin_fresh()
+        facts.environment()  # remembered: the first save would have to look for it
         return origin
 
     def close(self) -> None:
@@ -201,6 +202,7 @@ class CheckpointManager:
         self._once.take()  # a loader that begins only now goes on under what the steps since the restore have left
         boundary = self._boundary = Boundary.here(step, self.parts)
         self._heed(step)
+        self._run.warm(lambda: sum(item.estimate() for item in self.parts))
         self._loss = loss
         if loss is not None:
             self._recorder.loss(loss if isinstance(loss, torch.Tensor) else torch.tensor(float(loss)))

@@ -229,6 +229,8 @@ class Session:
         batches = getattr(trainer, "current_gradient_accumulation_steps", 1)
         skipped = bool(trainer.accelerator.optimizer_step_was_skipped)
         self.recorder.step(trainer.state.global_step, batches, grad_norm=grad_norm, lr=lr, skipped=skipped)
+        full = not trainer.args.save_only_model
+        self.live.warm(lambda: capture.estimate(trainer, live_tensors(trainer.model), full=full))
         if control.should_log or control.should_save:
             self.recorder.flush()
             self.guard.judge(self.live)
