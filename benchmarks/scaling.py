@@ -158,8 +158,7 @@ def main() -> None:
     document = figures.write(args.json, "scaling", **found)
     show(document)
     if args.plot:
-        panels = [(f"cost by {axis}", axis, {cost: curve(document, axis, cost) for cost in COSTS}) for axis in found]
-        figures.lines(args.plot, "seconds of a save and of a restore", panels)
+        draw(document, args.plot)
 
 
 def rows(document: dict[str, Any], axis: str) -> list[tuple[str, ...]]:
@@ -187,6 +186,12 @@ def steep(document: dict[str, Any]) -> list[str]:
             if slope and slope[0] > STEEP:
                 told.append(f"{cost} by {axis}: exponent {slope[0]:.2f} over the last decade")
     return told
+
+
+def draw(document: dict[str, Any], file: Path) -> None:
+    axes = ("bytes", "tensors")
+    panels = [(f"cost by {axis}", axis, {cost: curve(document, axis, cost) for cost in COSTS}) for axis in axes]
+    figures.lines(file, "seconds of a save and of a restore", panels)
 
 
 def show(document: dict[str, Any]) -> None:

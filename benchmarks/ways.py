@@ -1,4 +1,4 @@
-"""The ways of saving that `stall` puts beside each other. One that isn't installed raises ImportError when it begins."""
+"""The ways of saving that `stall` puts beside each other; one that isn't installed raises ImportError in `begin`."""
 
 from __future__ import annotations
 
