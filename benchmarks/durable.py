@@ -4,7 +4,7 @@ A GPT-2 with the state of its AdamW is saved through `CheckpointManager`, by tor
 with an fsync of file and directory), and its number of bytes is written by a plain loop past the page cache, which is
 what the disk can do. All take turns in one process; the first save of each is told apart.
 
-    python benchmarks/durable.py [--size 125] [--repeat 7] [--place DIRECTORY]
+    python benchmarks/durable.py [--size 125] [--repeat 7] [--place DIRECTORY] [--json FILE] [--plot FILE]
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import argparse
 import mmap
 import os
 import shutil
-import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -21,9 +21,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+
+from benchmarks import figures
 
 KINDS = ("lastgood", "torch.save + fsync", "safetensors + fsync", "raw O_DIRECT")
 
@@ -115,8 +119,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=float, default=125, help="million parameters (fp32; AdamW has twice as many)")
     parser.add_argument("--repeat", type=int, default=7)
-    parser.add_argument("--place", type=Path, help="directory on the disk to measure (default: the temporary one)")
+    figures.options(parser)
     args = parser.parse_args()
+    figures.check(args)
 
     from lastgood import CheckpointManager
 
@@ -137,29 +142,52 @@ def main() -> None:
         manager._run.close()
     finally:
         shutil.rmtree(place, ignore_errors=True)
-    show(found, args.repeat)
+    runs = {kind: [took._asdict() for took in some] for kind, some in found.items()}
+    document = figures.write(args.json, "durable", size=args.size, runs=runs)
+    show(document)
+    if args.plot:
+        draw(document, args.plot)
 
 
-def show(found: dict[str, list[Took]], repeat: int) -> None:
-    """The table. The ratios are of saves of the same turn."""
-    count = found[KINDS[0]][0].count
-    table = Table(title=f"{count / 1e9:.2f} GB until durable, medians of {repeat}")
-    table.add_column("")
-    for column in ("seconds", "spread", "GB/s", "first", "CPU s", "lastgood is faster by"):
-        table.add_column(column, justify="right")
-    ours = found[KINDS[0]][1:]
-    for kind, (first, *rest) in found.items():
-        walls = sorted(took.wall for took in rest)
-        ratios = sorted(theirs.wall / mine.wall for mine, theirs in zip(ours, rest, strict=True))
-        table.add_row(
-            kind,
-            f"{statistics.median(walls):.2f}",
-            f"{walls[0]:.2f}-{walls[-1]:.2f}",
-            f"{count / 1e9 / statistics.median(walls):.2f}",
-            f"{first.wall:.2f}",
-            f"{statistics.median(took.cpu for took in rest):.2f}",
-            f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})" if kind != KINDS[0] else "",
+COLUMNS = ("", "until durable", "first", "rate", "CPU s", "lastgood is faster by")
+
+
+def title(document: dict[str, Any]) -> str:
+    runs = document["runs"][KINDS[0]]
+    return f"{figures.size(runs[0]['count'])} until durable, medians of {len(runs) - 1}"
+
+
+def rows(document: dict[str, Any]) -> list[tuple[str, ...]]:
+    """A line for each way. The ratios are of saves of the same turn."""
+    count = document["runs"][KINDS[0]][0]["count"]
+    ours, table = document["runs"][KINDS[0]][1:], []
+    for kind, (first, *rest) in document["runs"].items():
+        walls = [took["wall"] for took in rest]
+        ratios = [theirs["wall"] / mine["wall"] for mine, theirs in zip(ours, rest, strict=True)]
+        table.append(
+            (
+                kind,
+                figures.seconds(walls),
+                figures.seconds([first["wall"]]),
+                f"{figures.size(count / figures.middle(walls))}/s",
+                f"{figures.middle(took['cpu'] for took in rest):.2f}",
+                figures.spread(ratios) if kind != KINDS[0] else "",
+            )
         )
+    return table
+
+
+def draw(document: dict[str, Any], file: Path) -> None:
+    walls = {kind: [took["wall"] for took in some[1:]] for kind, some in document["runs"].items()}
+    figures.bars(file, title(document), [("seconds until durable", walls, False)])
+
+
+def show(document: dict[str, Any]) -> None:
+    table = Table(title=title(document))
+    for column in COLUMNS:
+        table.add_column(column, justify="right" if column else "left")
+    for row in rows(document):
+        table.add_row(*row)
     Console(width=120).print(table)
 
 

@@ -4,7 +4,7 @@ One state (a GPT-2 with AdamW) is saved in every way there is; then each way bac
 from a disk that has to be asked (cold) and from the system's cache (warm). Memory is what the process grew by at its
 highest, the live model included, in states: 1.00 is the model and its optimizer, and nothing else.
 
-    python benchmarks/restore.py [--size 125M] [--repeat 5] [--place DIRECTORY] [--only NAME ...]
+    python benchmarks/restore.py [--size 125M] [--repeat 5] [--place DIRECTORY] [--only NAME ...] [--json FILE]
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import functools
 import json
 import os
 import shutil
-import statistics
 import sys
 import tempfile
 import time
@@ -23,13 +22,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks import figures
+
 SIZES = {"1M": (64, 2), "30M": (384, 6), "125M": (768, 12), "350M": (1024, 24)}
 """Width and layers; the embedding makes up the rest."""
 WAYS = ("read", "lastgood", "torch.load", "safetensors", "Trainer", "managed Trainer")
+HOW = ("cold", "warm")
 STEPS = 1
 
 
@@ -245,9 +249,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="125M")
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--place", type=Path, help="directory on the disk to measure (default: the temporary one)")
     parser.add_argument("--only", nargs="+", choices=WAYS, default=WAYS, help="these ways alone, beside `read`")
+    figures.options(parser)
     args = parser.parse_args()
+    figures.check(args)
 
     import safetensors.torch  # noqa: F401 (imported once, before the forks, as are the others)
     import torch
@@ -269,27 +274,49 @@ def main() -> None:
                 runs.append(apart(place, functools.partial(measure, way, args.size, place, cold)))
     finally:
         shutil.rmtree(place, ignore_errors=True)
-    show(found, state, args.repeat)
+    runs = {way: {"cold": found[way, True], "warm": found[way, False]} for way in ways}
+    document = figures.write(args.json, "restore", size=args.size, bytes=state, runs=runs)
+    show(document)
+    if args.plot:
+        draw(document, args.plot)
 
 
-def show(found: dict[tuple[str, bool], list[dict[str, float]]], state: int, repeat: int) -> None:
-    """A table; ratios are per round, to `read` in the same round."""
-    table = Table(title=f"{state / 1e9:.2f} GB, {repeat} rounds: median (least - most)")
-    for column in ("", "cold, s", "times read", "warm, s", "times read", "memory, states"):
-        table.add_column(column, justify="right" if column else "left")
-    for way in dict.fromkeys(way for way, _ in found):
-        cells = []
-        for cold in (True, False):
-            seconds = [run["seconds"] for run in found[way, cold]]
-            least = [run["seconds"] for run in found["read", cold]]
+COLUMNS = ("", "cold", "times read", "warm", "times read", "memory, states")
+
+
+def title(document: dict[str, Any]) -> str:
+    rounds = len(document["runs"]["read"]["cold"])
+    return f"a restore of {figures.size(document['bytes'])}, {rounds} rounds: median (least-most)"
+
+
+def rows(document: dict[str, Any]) -> list[tuple[str, ...]]:
+    """A line for each way; ratios are per round, to `read` in the same round."""
+    table = []
+    for way, runs in document["runs"].items():
+        cells: list[str] = []
+        for how in HOW:
+            seconds = [run["seconds"] for run in runs[how]]
+            least = [run["seconds"] for run in document["runs"]["read"][how]]
             ratios = [mine / other for mine, other in zip(seconds, least, strict=True)]
-            cells += [
-                f"{statistics.median(seconds):.2f} ({min(seconds):.2f} - {max(seconds):.2f})",
-                f"{statistics.median(ratios):.2f}",
-            ]
-        memory = statistics.median(run["memory"] for cold in (True, False) for run in found[way, cold]) / state
-        table.add_row(way, *cells, f"{memory:.2f}")
-    Console(width=110).print(table)
+            cells += [figures.seconds(seconds), figures.spread(ratios)]
+        memory = figures.middle(run["memory"] for how in HOW for run in runs[how])
+        table.append((way, *cells, f"{memory / document['bytes']:.2f}"))
+    return table
+
+
+def draw(document: dict[str, Any], file: Path) -> None:
+    runs = document["runs"]
+    panels = [(f"{how}, s", {way: [r["seconds"] for r in runs[way][how]] for way in runs}, False) for how in HOW]
+    figures.bars(file, title(document), panels)
+
+
+def show(document: dict[str, Any]) -> None:
+    table = Table(title=title(document))
+    for column in COLUMNS:
+        table.add_column(column, justify="right" if column else "left")
+    for row in rows(document):
+        table.add_row(*row)
+    Console(width=130).print(table)
 
 
 if __name__ == "__main__":

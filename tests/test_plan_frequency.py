@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lastgood.errors import UsageError
-from lastgood.planner.frequency import daly, expected_time, for_overhead, lost_per_failure, waste, young
+from lastgood.frequency import daly, expected_time, for_overhead, lost_per_failure, waste, young
 
 MTBF = st.floats(60, 1e7)
 RATIO = st.floats(1e-9, 20)  # cost / mtbf

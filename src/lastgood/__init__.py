@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from lastgood.integrations.torch.manager import CheckpointManager as CheckpointManager
     from lastgood.integrations.transformers.manage import manage as manage
     from lastgood.integrations.transformers.trainer import ManagedTrainer as ManagedTrainer
+    from lastgood.interval import Interval as Interval
     from lastgood.planner.plan import plan as plan
     from lastgood.policy import Keep as Keep
     from lastgood.run import Run as Run
@@ -76,6 +77,7 @@ _HOMES = {
     "Finding": "lastgood.doctor.finding",
     "Incompatible": "lastgood.errors",
     "IncompleteRestore": "lastgood.errors",
+    "Interval": "lastgood.interval",
     "Keep": "lastgood.policy",
     "LastgoodError": "lastgood.errors",
     "LightningCheckpoint": "lastgood.integrations.lightning.callback",

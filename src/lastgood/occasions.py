@@ -13,10 +13,12 @@ from pathlib import Path
 
 from lastgood import deadline, triggers
 from lastgood.deadline import SLURM, Deadline, Pace
+from lastgood.interval import Choice
 from lastgood.repo import journal, request
 from lastgood.repo.request import Inbox
 from lastgood.signals import Signals
-from lastgood.talk import say
+from lastgood.talk import note, say
+from lastgood.tempo import EVENT, Tempo, told
 from lastgood.triggers import Last, Triggers
 
 REQUESTS = {
@@ -37,16 +39,23 @@ class Occasions:
     triggers: Triggers = field(default_factory=Triggers)
     signals: Signals = field(default_factory=Signals)
     pace: Pace = field(default_factory=Pace)
+    tempo: Tempo = field(default_factory=Tempo)
     deadline: Deadline | None = None
     leave: str = ""
     by: str = ""
     active: bool = False
     wanted: bool = False
     _inbox: Inbox | None = None
+    _root: Path = field(default_factory=Path)
+    _step: int = 0
     _last: Last = field(default_factory=lambda: Last(0, time.monotonic()))
     _asked: tuple[str, ...] = ()
     _mark: float = 0.0
     _told: bool = False
+    _said: bool = False
+
+    def __post_init__(self) -> None:
+        self.tempo.wanted = self.triggers.interval
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -63,22 +72,30 @@ class Occasions:
         """Training begins after `step`, in this run. What was asked for before is dropped, with a word."""
         for name in request.drop_stale(root):
             say(f"a request from before this launch was dropped: {name}")
-        self._inbox, self.active = Inbox(root), True
+        self._inbox, self._root, self._step, self.active = Inbox(root), root, step, True
         self._mark = time.monotonic()
         self._last = Last(step, self._mark, epoch)
+        history = journal.read(root) if self.deadline is not None or self.tempo.wanted is not None else []
+        self._chosen(self.tempo.begin(history), before=True)
         if self.deadline is not None:  # a save may take minutes, and none of this process is known yet
-            known = [event.get("seconds") for event in journal.read(root) if event.get("event") == "saved"]
+            known = [event.get("seconds") for event in history if event.get("event") == "saved"]
             self.pace.saves.extend(float(value) for value in known[-5:] if isinstance(value, (int, float)))
 
-    def look(self, step: int, epoch: float = 0.0) -> tuple[str, ...]:
-        """The reasons to save now, after this step; () for none. `leave` may be set by it."""
+    def look(self, step: int, epoch: float = 0.0, *, busy: bool = False) -> tuple[str, ...]:
+        """The reasons to save now, after this step; () for none. `leave` may be set by it.
+
+        busy: something of an earlier save is still being written.
+        """
         now = time.monotonic()
         self.pace.steps.append(now - self._mark)
-        self._mark = now
+        self._chosen(self.tempo.stepped(now - self._mark, step - self._step, now, busy=busy))
+        self._mark, self._step = now, step
         self.stopping(step)
         reasons = triggers.due(
-            self.triggers, step=step, epoch=epoch, now=now, last=self._last, asked=tuple(dict.fromkeys(self._asked))
-        )
+            self.triggers, step=step, epoch=epoch, now=now, last=self._last,
+            paced=self.tempo.due(step - self._last.step, now - self._last.time),
+            asked=tuple(dict.fromkeys(self._asked)),
+        )  # fmt: skip
         self.wanted = bool(self._asked)
         if reasons:
             self._asked = ()
@@ -108,6 +125,21 @@ class Occasions:
         self.pace.saves.append(seconds)
         self._mark = time.monotonic()
         self._last = Last(step, self._mark, epoch)
+
+    def spent(self, seconds: float, *, busy: bool) -> None:
+        """So long did training stand still for the save that was just made, its retention included."""
+        self._mark = time.monotonic()
+        self._chosen(self.tempo.spent(seconds, self._mark, busy=busy))
+
+    def _chosen(self, choice: Choice | None, *, before: bool = False) -> None:
+        """Another number of steps between saves is in force; the first of a process is said. before: by a measurement
+        of an earlier process, which the journal has."""
+        if choice is None:
+            return
+        tell, self._said = (note if self._said else say), True
+        tell(f"saving every {choice.steps} steps (save_steps='auto'): {choice.reason}")
+        if not before:
+            journal.append(self._root, EVENT, step=self._step, **told(choice))
 
     def no_room(self, step: int) -> None:
         """The save of this step found no room, and the run is to stop for it (on_full="stop")."""

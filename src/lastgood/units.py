@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 
+from lastgood.errors import UsageError
+
 _IEC = ("KiB", "MiB", "GiB", "TiB", "PiB")
 _SI = ("kB", "MB", "GB", "TB", "PB")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
@@ -58,6 +60,29 @@ def parse_duration(text: str) -> float:
     if not 0 <= value < 1e12:
         raise ValueError(f"{text} is out of range")
     return value
+
+
+def seconds(option: str, value: float | str | None) -> float | None:
+    """A duration as a number ("30m", 1800) or None. Raises UsageError, also for a number in quotes: 30 of what?"""
+    if not isinstance(value, str):
+        return value
+    total, pieces = 0.0, value.strip().lower()
+    try:
+        for piece in _split(pieces):
+            total += parse_duration(piece)
+    except ValueError:
+        raise UsageError(f"{option}={value!r} is not a time", hint="30m, 3h30m, 90s, or a number of seconds") from None
+    return total
+
+
+def _split(text: str) -> list[str]:
+    """3h30m -> 3h, 30m; anything else as it is."""
+    pieces, begin = [], 0
+    for place, letter in enumerate(text):
+        if (letter in "hdw" and place + 1 < len(text)) or (letter == "m" and text[place + 1 : place + 2].isdigit()):
+            pieces.append(text[begin : place + 1])
+            begin = place + 1
+    return [*pieces, text[begin:]]
 
 
 def parse_rate(text: str) -> float:

@@ -23,7 +23,7 @@ from lastgood.repo.quarantine import quarantine
 from lastgood.resumption import choose, continued
 from lastgood.supervise import Limits, supervise
 from lastgood.talk import say
-from lastgood.triggers import seconds
+from lastgood.units import seconds
 from lastgood.view import View, look
 
 RULES = ("last", "best", "every", "total", "full")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
+from lastgood import frequency
 from lastgood.errors import wrong_type
 from lastgood.model import finite
-from lastgood.planner import frequency
 
 GB = 1e9
 """Bytes of a gigabyte as storage is billed."""
@@ -60,7 +60,7 @@ class Frequency(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def how_often(machine: Machine, max_steps: int, interval: float, full: int) -> Frequency:
-    """interval: steps between saves. full: bytes of a save. Formulas and their sources: lastgood.planner.frequency."""
+    """interval: steps between saves. full: bytes of a save. Formulas and their sources: lastgood.frequency."""
     found = Frequency(interval=interval, redone=interval / 2)
     cost = None if machine.bandwidth is None else full / machine.bandwidth
     if machine.step_time is None:

@@ -209,7 +209,7 @@ class CheckpointManager:
         self._recorder.step(step, 1, grad_norm=grad_norm, lr=lr)
         if metrics:
             self._metrics.note(step, metrics, now=step)
-        reasons = self._occasions.look(step, self.epoch)
+        reasons = self._occasions.look(step, self.epoch, busy=self._run.busy)
         if reasons:
             self._save(boundary, reasons, skip=not self._occasions.wanted)
         if self._occasions.leave:
@@ -345,6 +345,7 @@ class CheckpointManager:
             self._recorder.saved(boundary.step, record.id, self._run.then)
             self._metrics.saved(boundary.step)
             self._run.retain()
+            self._occasions.spent(time.monotonic() - started, busy=self._run.busy)
         elif self._run.space.lack is not None:
             self._occasions.no_room(boundary.step)
         return record

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from lastgood import background
 from lastgood.background import Wanted
 from lastgood.errors import UsageError, wrong_type
+from lastgood.interval import Interval
 from lastgood.policy import Keep
 from lastgood.triggers import Triggers
 
@@ -18,7 +19,9 @@ from lastgood.triggers import Triggers
 class Options:
     """keep: what to retain (`lastgood.Keep`); everything by default.
     save_steps, save_seconds, save_epochs: a checkpoint every so many steps, seconds (or "30m"), epochs of the loader
-        that is followed. save_best: also at a step whose recorded metric is the best so far.
+        that is followed. save_steps="auto": as many as keep saves at 2 % of the time, by what is measured in this run;
+        or a `lastgood.Interval`, with another share or with a mean time between failures.
+    save_best: also at a step whose recorded metric is the best so far.
     time_limit: seconds (or "3h30m") after which this process will be ended from outside; save and leave before.
     on_error: a save that fails warns and training goes on, or raises SaveFailed.
     on_full: what a save does that finds no room on the disk, in its inodes or in the quota, whatever on_error says of
@@ -37,7 +40,7 @@ class Options:
     """
 
     keep: Keep = field(default_factory=Keep)
-    save_steps: int | None = None
+    save_steps: int | Literal["auto"] | Interval | None = None
     save_seconds: float | str | None = None
     save_epochs: float | None = None
     save_best: bool = False

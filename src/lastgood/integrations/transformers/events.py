@@ -28,12 +28,22 @@ class Events(TrainerCallback):
             control.should_training_stop = control.should_training_stop or bool(occasions.stopping(state.global_step))
             return
         session.heed()
-        reasons = occasions.look(state.global_step, state.epoch or 0.0)
+        self._schedule(args, state, control)
+        reasons = occasions.look(state.global_step, state.epoch or 0.0, busy=session.live.busy)
         if reasons and (not self._saves_nothing(args) or occasions.by == "request" or not occasions.leave):
             if not control.should_save:
                 say(f"saving at step {state.global_step}: {'; '.join(reasons)}")
             control.should_save = session.owed = True
         control.should_training_stop = control.should_training_stop or bool(occasions.leave)
+
+    def _schedule(self, args: Any, state: Any, control: Any) -> None:
+        """With save_steps="auto" the Trainer's own number of steps brings no save, and the last step always one."""
+        if self.session.occasions.triggers.interval is None:
+            return
+        if state.global_step >= state.max_steps:
+            control.should_save = True
+        elif args.save_strategy == "steps" and state.save_steps > 0 and state.global_step % state.save_steps == 0:
+            control.should_save = False
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.session.where = "epoch"

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from transformers import Trainer
 
 from lastgood.errors import NotSupported, UsageError, wrong_type
-from lastgood.integrations.transformers.options import Options
+from lastgood.integrations.transformers.options import Options, one_interval
 from lastgood.integrations.transformers.preflight import examine
 from lastgood.integrations.transformers.session import Session
 from lastgood.integrations.transformers.trainer import ManagedTrainer
@@ -32,6 +32,7 @@ def manage(trainer: T, keep: Keep | None = None, on_error: str = "warn", **optio
         known = ", ".join(Options.__dataclass_fields__)
         raise UsageError(f"manage(): {error}", hint=f"the options are {known}") from error
     supported(trainer)
+    one_interval(chosen, trainer.args)
     examine(trainer, chosen)
     if not isinstance(trainer, ManagedTrainer):
         trainer.__class__ = managed_class(type(trainer))

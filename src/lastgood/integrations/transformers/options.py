@@ -9,6 +9,7 @@ from typing import Any, Literal
 from lastgood import background
 from lastgood.background import Wanted
 from lastgood.errors import UsageError, wrong_type
+from lastgood.interval import Interval
 from lastgood.policy import Keep
 from lastgood.ranking import known_mode
 from lastgood.triggers import Triggers
@@ -30,6 +31,8 @@ class Options:
     data_skip: how a resume gets past the batches already trained on; "auto" reads them again only where
         loading may draw random numbers in worker processes, "fast" never does, "replay" always.
     takeover: write to the run although another process holds it (that one is fenced off).
+    save_steps: "auto": in place of the Trainer's save_steps as many as keep saves at 2 % of the time, by what is
+        measured in this run; or a `lastgood.Interval` with another share, or with a mean time between failures.
     save_seconds: save as well when so much time ("30m", 1800) has gone by since the last save.
     time_limit: how long this process may run ("3h30m", seconds from its start): shortly before it is over the run saves
         and leaves with status 75. None takes what `lastgood run --time-limit` or Slurm says; math.inf: no limit.
@@ -47,6 +50,7 @@ class Options:
     hyperparameters: Literal["saved", "new"] = "saved"
     data_skip: Literal["auto", "fast", "replay"] = "auto"
     takeover: bool = False
+    save_steps: Literal["auto"] | Interval | None = None
     save_seconds: float | str | None = None
     time_limit: float | str | None = None
     guard: Literal["mark", "off"] = "mark"
@@ -74,12 +78,17 @@ class Options:
         background.checked(self.background)
         if isinstance(self.allow_missing, str) or not set(self.allow_missing) <= MISSABLE:
             raise wrong_type("allow_missing", self.allow_missing, f"a list of names out of {sorted(MISSABLE)}")
+        if isinstance(self.save_steps, int):
+            raise UsageError(
+                "manage(save_steps) takes 'auto' or a lastgood.Interval",
+                hint=f"a number belongs to the Trainer's arguments: save_steps={self.save_steps}",
+            )
         assert self.triggers is not None  # raises what is wrong with the times
 
     @property
     def triggers(self) -> Triggers:
         """What brings a save besides the Trainer's own arguments."""
-        return Triggers.of(save_seconds=self.save_seconds, time_limit=self.time_limit)
+        return Triggers.of(save_steps=self.save_steps, save_seconds=self.save_seconds, time_limit=self.time_limit)
 
 
 def retention(options: Options, args: Any) -> Keep:
@@ -96,3 +105,21 @@ def retention(options: Options, args: Any) -> Keep:
     if monitor is not None:
         mode = known_mode(monitor) if args.greater_is_better is None else ("max" if args.greater_is_better else "min")
     return Keep.from_limit(args.save_total_limit, monitor, mode)
+
+
+def one_interval(options: Options, args: Any) -> None:
+    """Raise UsageError where save_steps="auto" and the Trainer's arguments both say at which steps to save."""
+    if options.triggers.interval is None or args.save_strategy != "steps":
+        return
+    usual = type(args).__dataclass_fields__["save_steps"].default
+    if args.save_steps != usual:
+        raise UsageError(
+            f"save_steps={options.save_steps!r} and save_steps={args.save_steps:g} of the Trainer's arguments both say"
+            " how often to save",
+            hint="remove one of the two",
+        )
+    if args.load_best_model_at_end:
+        raise UsageError(
+            "load_best_model_at_end wants a checkpoint at every evaluation, save_steps='auto' chooses steps of its own",
+            hint="save_strategy='best' or 'epoch' saves what is evaluated, and save_steps='auto' in between",
+        )

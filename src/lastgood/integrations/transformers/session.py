@@ -297,6 +297,7 @@ class Session:
         else:
             kept = [decision.record for decision in decisions if decision.action != "delete"]
             self._set_best(kept or self.live.seen())
+        self.occasions.spent(time.monotonic() - begun, busy=self.live.busy)
         return record
 
     def heed(self, *, wait: bool = False) -> None:
