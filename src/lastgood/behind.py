@@ -13,6 +13,7 @@ from lastgood.background import Background
 from lastgood.holding import Holding
 from lastgood.model import Record, Span
 from lastgood.repo import journal
+from lastgood.repo.draft import Changed, Eager, Window
 from lastgood.repo.lock import RunLock
 from lastgood.repo.read import records
 from lastgood.store.memory import Arena
@@ -35,7 +36,8 @@ class Failed(Exception):
 @dataclass(slots=True)
 class Save:
     """One save on its way. started: by time.perf_counter; stall, copy: seconds that training stood still, and that of
-    it the copy took. door, lock: of the writer when it was made, for what happens after a close.
+    it the copy took; waited: for which it stood still later, until the rest was copied. door, lock: of the writer when
+    it was made, for what happens after a close.
     """
 
     step: int
@@ -48,6 +50,7 @@ class Save:
     door: Path = field(default_factory=Path)
     lock: RunLock | None = None
     stall: float = 0.0
+    waited: float = 0.0
     copy: float = 0.0
 
 
@@ -55,17 +58,21 @@ class Save:
 class Behind(Holding):
     """background: None for a run whose saves are written before training goes on.
 
+    stages: makes the Window of each save. owed: why a save is due at the end of the next step, "" if none is.
     saved: what this process saved, by step; one that is under way is in it already, without its files. took: seconds
     from the beginning of the last save until it was committed.
     """
 
     background: Background | None = field(default=None, kw_only=True)
+    stages: Callable[[], Window] = field(default=Eager, kw_only=True)
+    owed: str = field(default="", init=False)
     saved: dict[int, Record] = field(default_factory=dict, kw_only=True)
     took: float = field(default=0.0, init=False)
     _under_way: int | None = field(default=None, init=False)  # step
     _hurry: bool = field(default=False, init=False)  # nothing is to be waited for any more
     _writer: Writer = field(default_factory=Writer, init=False)
     _arena: Arena = field(default_factory=Arena, init=False)
+    _window: Window = field(default_factory=Eager, init=False)  # of the last save
     _announced: bool = field(default=False, init=False)
 
     def open(self, *, takeover: bool = False) -> None:
@@ -114,6 +121,7 @@ class Behind(Holding):
 
     def _drained(self) -> None:
         """Wait until all that was handed over is done; what is waiting for room gives up when training has to leave."""
+        self._window.finish()
         while not self._writer.wait(0.1):
             self._hurry = self._hurry or not self.space.patient or bool(self.space.leaving())
 
@@ -126,6 +134,15 @@ class Behind(Holding):
         journal.append(self.door, "skipped", step=step, reason=reason)
         say(f"step {step} was not saved: {reason} (on_busy='skip')")
         return True
+
+    def _spoilt(self, step: int, error: Changed) -> None:
+        """The copy of a save was spoilt: from now on training waits for each copy, and the next step is saved."""
+        self.stages, self.owed = Eager, f"the copy of step {step} was spoilt"
+        journal.append(self.door, "failed", step=step, error=str(error))
+        warn(
+            f"step {step} was not saved: {error}. The next step is, and from now on training waits for the copies"
+            " (background=lastgood.Background(lazy=False) does that from the start); earlier checkpoints are intact"
+        )
 
     def _short(self, estimate: int) -> None:
         if not self._announced:
@@ -141,6 +158,7 @@ class Behind(Holding):
         if self._lock is None:
             return
         self.space.patient = False
+        self._window.finish()
         if not self._writer.end():
             step = self._under_way
             warn(f"the disk of {self.root} hangs: the save of step {step} is given up, earlier checkpoints are intact")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -103,6 +104,17 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     return torch.equal(mine, right.detach().cpu().contiguous().reshape(-1).view(torch.uint8))
 
 
-def named(tensors: Mapping[str, torch.Tensor]) -> Iterator[Tensor]:
-    """Entries in the order given, one at a time: what has to be brought from a device isn't all there at once."""
-    return (to_bytes(name, tensor) for name, tensor in tensors.items())
+@dataclass(frozen=True, slots=True)
+class Named:
+    """Entries in the order given, one at a time: what has to be brought from a device isn't all there at once.
+
+    Whoever copies them later asks for the tensors themselves.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (to_bytes(name, tensor) for name, tensor in self.tensors.items())
+
+
+named = Named
