@@ -1,4 +1,4 @@
-"""A loop whose state is large enough to be copied later, and whose writer is as late as the test wants."""
+"""A loop whose state is copied while it goes on, and a writer that copies as late as a test wants."""
 
 from __future__ import annotations
 
@@ -14,19 +14,24 @@ from torch import nn
 
 import lastgood
 from lastgood.background import Background
+from lastgood.state.lazy import Lazy, Pace
 
-WIDTH = 256
-"""A layer's weight has 256 KiB: more than what is copied at once."""
+WIDTH = 16
+PIECE = 200
+"""Bytes: a layer's weight takes six pieces."""
 
 
 class Gate:
-    """The writer copies no piece before it is let go; what is left is for the thread that trains."""
+    """The writer copies so many pieces and no further one before it is let go: the rest is for whoever trains."""
 
-    def __init__(self) -> None:
-        self.go, self.waiting = threading.Event(), threading.Event()
+    def __init__(self, free: int = 0) -> None:
+        self.free, self.go, self.held = free, threading.Event(), threading.Event()
 
     def __call__(self, left: int) -> None:
-        self.waiting.set()
+        if self.free > 0:
+            self.free -= 1
+            return
+        self.held.set()
         assert self.go.wait(120), "nobody let the writer go"
 
 
@@ -37,31 +42,51 @@ class Late:
         self.random = random.Random(seed)
 
     def __call__(self, left: int) -> None:
-        if self.random.random() < 0.5:
-            time.sleep(self.random.random() * 0.004)
+        if self.random.random() < 0.2:
+            time.sleep(self.random.random() * 0.002)
 
 
 class Net(nn.Module):
+    """Statistics that change in forward, tied weights, one that isn't contiguous and one that is frozen."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, WIDTH))
+        self.first, self.norm, self.second = nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.tied = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.tied.weight = self.first.weight
+        self.turned = nn.Parameter(torch.randn(4, WIDTH).t())
+        self.frozen = nn.Parameter(torch.randn(WIDTH), requires_grad=False)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        return self.layers(rows)
+        hidden = self.norm(self.first(rows)) * self.frozen
+        return self.second(hidden + self.tied(rows)) @ self.turned
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def loss(model: nn.Module) -> torch.Tensor:
+    return model(torch.randn(4, WIDTH)).square().mean()
 
 
 def step(model: nn.Module, optimizer: Any) -> torch.Tensor:
-    loss = model(torch.randn(4, WIDTH)).square().mean()
+    found = loss(model)
     optimizer.zero_grad()
-    loss.backward()
+    found.backward()
     optimizer.step()
-    return loss.detach()
+    return found.detach()
 
 
-def manager(root: Path, pace: Callable[[int], object] | None = None, **parts: Any) -> lastgood.CheckpointManager:
-    """One that saves every step in the background; pace as in `lastgood.state.lazy.Lazy`, None: before training goes
-    on."""
-    parts = {"save_steps": 1, "background": Background(lazy=pace is not None), "guard": "off", **parts}
+def manager(root: Path, wait: Callable[[int], object] | None, **parts: Any) -> lastgood.CheckpointManager:
+    """One that saves every step in the background. wait: see Pace; None: copied before training goes on."""
+    parts = {"save_steps": 1, "background": Background(lazy=wait is not None), **parts}
     ckpt = lastgood.CheckpointManager(root, **parts)
-    ckpt._steps.pace = pace
+    ckpt._steps.pace = Pace(small=1, piece=PIECE, wait=wait)
     return ckpt
+
+
+def window(ckpt: lastgood.CheckpointManager) -> Lazy | None:
+    """Of the last save; None if everything was copied at once."""
+    found = ckpt._run._window
+    return found if isinstance(found, Lazy) and found._guarded else None

@@ -29,16 +29,28 @@ SMALL = 1 << 17
 PIECE = 1 << 20
 """Bytes (1 MiB) that are copied in one go: a step waits for no more than that of what another thread has begun."""
 
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """small: bytes below which a tensor is copied at once; piece: that are copied in one go. wait: called by whoever
+    writes before each piece, with the number of pieces that are left.
+    """
+
+    small: int = SMALL
+    piece: int = PIECE
+    wait: Callable[[int], object] | None = None
+
+
 Place = tuple[int, int]
 """Address and number of bytes of a tensor that lies in the host's memory."""
 
 
-def place(tensor: torch.Tensor) -> Place | None:
+def place(tensor: torch.Tensor, small: int = SMALL) -> Place | None:
     """None for one that has to be copied at once: small, on a device, or not the bytes that are written, in a row."""
     if tensor.device.type != "cpu" or tensor.layout is not torch.strided or tensor.is_inference():
         return None
     count = tensor.numel() * tensor.element_size()
-    if count < SMALL or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
+    if count < max(small, 1) or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
         return None
     return tensor.data_ptr(), count
 
@@ -82,13 +94,11 @@ class Lazy:
     """The window of one save, see `lastgood.repo.draft.Window`.
 
     weights, state: where the tensors lie that only an optimizer changes: what it trains, and what it keeps of it.
-    pace: called by whoever writes before each piece, with the number of pieces that are left.
     """
 
     weights: Collection[Place]
     state: Collection[Place]
-    pace: Callable[[int], object] | None = None
-    piece: int = PIECE
+    pace: Pace = field(default_factory=Pace)
     waited: float = 0.0
     _guarded: list[Guarded] = field(default_factory=list)
     _todo: deque[tuple[Guarded, int, int]] = field(default_factory=deque)
@@ -104,7 +114,7 @@ class Lazy:
         return Copied(tuple(self._staged(name, tensor, arena) for name, tensor in tensors.tensors.items()))
 
     def _staged(self, name: str, tensor: torch.Tensor, arena: Arena) -> Tensor:
-        entry, where = to_bytes(name, tensor), place(tensor)
+        entry, where = to_bytes(name, tensor), place(tensor, self.pace.small)
         if where is None or not (where in self.weights or where in self.state):
             return entry._replace(data=arena.keep(entry.data))
         source, alias = raw(entry), tensor.detach()
@@ -124,7 +134,8 @@ class Lazy:
     def begin(self) -> None:
         for one in self._guarded:
             count = len(one.target)
-            self._todo += [(one, at, min(at + self.piece, count)) for at in range(0, count, self.piece)]
+            size = self.pace.piece
+            self._todo += [(one, at, min(at + size, count)) for at in range(0, count, size)]
         self._pieces = len(self._todo)
         if not self._pieces:
             self._close()
@@ -144,8 +155,8 @@ class Lazy:
 
     def fill(self) -> None:
         while not self._done.is_set():
-            if self.pace is not None:
-                self.pace(len(self._todo))
+            if self.pace.wait is not None:
+                self.pace.wait(len(self._todo))
             self._copy_one()
 
     def _copy_one(self) -> None:

@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lastgood.behind import Behind
 from lastgood.repo.draft import Eager, Window
-from lastgood.state.lazy import Lazy, Place, place
+from lastgood.state.lazy import Lazy, Pace, Place, place
 from lastgood.state.optimizer import plain
 
 
@@ -26,12 +26,12 @@ from lastgood.state.optimizer import plain
 class Steps:
     """Makes the windows of a run's saves, and ends them.
 
-    run: it asks for a window before each save; optimizers: those of the run, as they are then. pace: see Lazy.
+    run: it asks for a window before each save; optimizers: those of the run, as they are then.
     """
 
     run: Behind
     optimizers: Callable[[], Iterable[Any]]
-    pace: Callable[[int], object] | None = None
+    pace: Pace = field(default_factory=Pace)
     _window: Window = field(default_factory=Eager)
     _seen: weakref.WeakSet[torch.optim.Optimizer] = field(default_factory=weakref.WeakSet)
 
@@ -67,7 +67,7 @@ class Steps:
         found = [plain(optimizer) for optimizer in self.optimizers()]
         safe = bool(found) and all(optimizer in self._seen and not _swaps(optimizer) for optimizer in found)
         self._seen.clear()
-        self._window = Lazy(*_places(found), pace=self.pace) if safe else Eager()
+        self._window = Lazy(*_places(found, self.pace.small), pace=self.pace) if safe else Eager()
         return self._window
 
 
@@ -77,13 +77,13 @@ def _swaps(optimizer: torch.optim.Optimizer) -> bool:
     return any(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
 
 
-def _places(optimizers: Iterable[torch.optim.Optimizer]) -> tuple[set[Place], set[Place]]:
+def _places(optimizers: Iterable[torch.optim.Optimizer], small: int) -> tuple[set[Place], set[Place]]:
     """(of the weights that they train, of their state). What both claim counts as a weight."""
     weights: set[Place | None] = set()
     state: set[Place | None] = set()
     for optimizer in optimizers:
-        weights |= {place(tensor) for group in optimizer.param_groups for tensor in group["params"]}
-        state |= {place(tensor) for entry in optimizer.state.values() for tensor in _tensors(entry)}
+        weights |= {place(tensor, small) for group in optimizer.param_groups for tensor in group["params"]}
+        state |= {place(tensor, small) for entry in optimizer.state.values() for tensor in _tensors(entry)}
     return {one for one in weights if one is not None}, {one for one in state if one is not None}
 
 
