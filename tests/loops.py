@@ -16,6 +16,7 @@ from torch import nn
 
 import lastgood
 from lastgood.state.fingerprint import live_tensors
+from lastgood.state.lazy import Pace
 from lastgood.state.tensors import digest
 
 from training import texts
@@ -401,12 +402,21 @@ def seeded(name: str) -> Recipe:
 
 
 def train(
-    name: str, root: Path, out: Path | None, *, total: int = 9, kill: int = -1, every: int = 2, **options: Any
+    name: str,
+    root: Path,
+    out: Path | None,
+    *,
+    total: int = 9,
+    kill: int = -1,
+    every: int = 2,
+    pace: Pace | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """The loop; SIGKILL in the middle of the step behind `kill`. The digest of everything goes to `out`."""
     recipe = seeded(name)
     losses = []
     with lastgood.CheckpointManager(root, save_steps=every, **options, **recipe.parts) as ckpt:
+        ckpt._steps.pace = pace or ckpt._steps.pace
         start = ckpt.restore()
         recipe.begin(ckpt)
         for step in range(start, total):

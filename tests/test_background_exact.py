@@ -21,6 +21,7 @@ import lastgood
 import loops
 from lastgood.format import tensors as safetensors
 from lastgood.repo.read import records
+from lastgood.state.lazy import Pace
 from lastgood.store import fs
 from lastgood.talk import say
 from test_exactness import CASES
@@ -70,6 +71,17 @@ class Late(fs.FileSystem):
         super().unlink(path)
 
 
+def late(seed: int) -> Pace:
+    """Everything is copied later, in small pieces, each of them maybe not before training wants to go on."""
+    late = random.Random(seed)
+
+    def wait(left: int) -> None:
+        if late.random() < 0.2:
+            time.sleep(late.random() * 0.003)
+
+    return Pace(small=1, piece=1009, wait=wait)
+
+
 def content(root: Path) -> dict[str, Any]:
     """Every file of every checkpoint as hashes tell, beside what names the moment."""
     found: dict[str, Any] = {}
@@ -88,7 +100,7 @@ def content(root: Path) -> dict[str, Any]:
 
 def trained(case: Case, out: Path, result: Path, seed: int, **more: Any) -> None:
     with fs.using(Late(seed)):
-        train(replace(case, options={**case.options, "background": True}), out, result, **more)
+        train(replace(case, options={**case.options, "background": True}), out, result, pace=late(seed), **more)
 
 
 CHOSEN = {
@@ -140,7 +152,7 @@ def test_who_looks_into_a_checkpoint_finds_it(who: str, tmp_path: Path, caplog: 
 
 def looped(name: str, root: Path, out: Path, seed: int, kill: int = -1, background: bool = True) -> None:
     with fs.using(Late(seed)):
-        loops.train(name, root, out, kill=kill, every=1, background=background)
+        loops.train(name, root, out, kill=kill, every=1, background=background, pace=late(seed))
 
 
 FEW = ("every kind of tensor", "extra state", "batch norm", "averages of weights", "lora", "frozen layers")
@@ -161,7 +173,7 @@ def test_I9_a_loop_is_the_same_bit_for_bit(name: str, tmp_path: Path) -> None:
 def ended(root: Path, out: Path, kill: int) -> None:
     """A loop whose writer is killed at its n-th call."""
     with fs.using(Late(kill, longest=0.002, kill=kill)):
-        loops.train("batch norm", root, out, every=2, background=True, keep=lastgood.Keep(last=1))
+        loops.train("batch norm", root, out, every=2, background=True, keep=lastgood.Keep(last=1), pace=late(kill))
     say("done")
 
 

@@ -160,9 +160,10 @@ class KillAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def train(case: Case, out: Path, result: Path, resume: Any = "auto", kill: int | None = None) -> None:
+def train(case: Case, out: Path, result: Path, resume: Any = "auto", kill: int | None = None, pace: Any = None) -> None:
     """Train under lastgood and write down what came out."""
     trainer = lastgood.manage(case.trainer(out, *([] if kill is None else [KillAt(kill)])), **case.options)
+    trainer.lastgood.pace = pace or trainer.lastgood.pace
     trainer.train(resume_from_checkpoint=resume)
     result.write_text(json.dumps(outcome(trainer)))
 

@@ -18,14 +18,19 @@ class Background(msgspec.Struct, frozen=True, kw_only=True):
     on_busy: a save that is due while the last one is still being written "wait"s for it, or is left out ("skip").
     memory: bytes ("20GB") that the copy may take; None: as much as is free, with a quarter of that to spare. A save
     that needs more is written before training goes on.
+    lazy: weights and the state of optimizers are copied while training goes on, until the next optimizer step at the
+    latest, where that can be shown to be safe (docs/decisions/023); False: before training goes on.
     """
 
     on_busy: OnBusy = "wait"
     memory: int | str | None = None
+    lazy: bool = True
 
     def __post_init__(self) -> None:
         if self.on_busy not in ("wait", "skip"):
             raise wrong_type("Background(on_busy)", self.on_busy, "'wait' or 'skip'")
+        if not isinstance(self.lazy, bool):
+            raise wrong_type("Background(lazy)", self.lazy, "True or False")
         if isinstance(self.memory, str):
             try:
                 msgspec.structs.force_setattr(self, "memory", parse_size(self.memory))

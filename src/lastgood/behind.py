@@ -14,6 +14,7 @@ from lastgood.background import Background
 from lastgood.holding import Holding
 from lastgood.model import Record, Span
 from lastgood.repo import journal
+from lastgood.repo.draft import Changed, Eager, Window
 from lastgood.repo.lock import RunLock
 from lastgood.repo.read import records
 from lastgood.store import direct, local
@@ -38,7 +39,8 @@ class Failed(Exception):
 @dataclass(slots=True)
 class Save:
     """One save on its way. started: by time.perf_counter; stall, copy: seconds that training stood still, and that of
-    it the copy took. door, lock: of the writer when it was made, for what happens after a close.
+    it the copy took; waited: for which it stood still later, until the rest was copied. door, lock: of the writer when
+    it was made, for what happens after a close.
     """
 
     step: int
@@ -51,6 +53,7 @@ class Save:
     door: Path = field(default_factory=Path)
     lock: RunLock | None = None
     stall: float = 0.0
+    waited: float = 0.0
     copy: float = 0.0
 
 
@@ -58,11 +61,14 @@ class Save:
 class Behind(Holding):
     """background: None for a run whose saves are written before training goes on.
 
+    stages: makes the Window of each save. owed: why a save is due at the end of the next step, "" if none is.
     saved: what this process saved, by step; one that is under way is in it already, without its files. took: seconds
     from the beginning of the last save until it was committed.
     """
 
     background: Background | None = field(default=None, kw_only=True)
+    stages: Callable[[], Window] = field(default=Eager, kw_only=True)
+    owed: str = field(default="", init=False)
     saved: dict[int, Record] = field(default_factory=dict, kw_only=True)
     took: float = field(default=0.0, init=False)
     _under_way: int | None = field(default=None, init=False)  # step
@@ -70,6 +76,7 @@ class Behind(Holding):
     _awaited: bool = field(default=False, init=False)  # somebody waits for the writer
     _writer: Writer = field(default_factory=Writer, init=False)
     _arena: Arena = field(default_factory=Arena, init=False)
+    _window: Window = field(default_factory=Eager, init=False)  # of the last save
     _announced: bool = field(default=False, init=False)
     _warm: bool = field(default=False, init=False)
 
@@ -141,6 +148,7 @@ class Behind(Holding):
     def _drained(self) -> None:
         """Wait until all that was handed over is done; what is waiting for room gives up when training has to leave."""
         self._awaited = not self._writer.here
+        self._window.finish()
         while not self._writer.wait(0.1):
             self._hurry = self._hurry or not self.space.patient or bool(self.space.leaving())
         self._awaited = False
@@ -174,6 +182,15 @@ class Behind(Holding):
         say(f"step {step} was not saved: {reason} (on_busy='skip')")
         return True
 
+    def _spoilt(self, step: int, error: Changed) -> None:
+        """The copy of a save was spoilt: from now on training waits for each copy, and the next step is saved."""
+        self.stages, self.owed = Eager, f"the copy of step {step} was spoilt"
+        journal.append(self.door, "failed", step=step, error=str(error))
+        warn(
+            f"step {step} was not saved: {error}. The next step is, and from now on training waits for the copies"
+            " (background=lastgood.Background(lazy=False) does that from the start); earlier checkpoints are intact"
+        )
+
     def _short(self, estimate: int) -> None:
         if not self._announced:
             self._announced = True
@@ -188,6 +205,7 @@ class Behind(Holding):
         if self._lock is None:
             return
         self.space.patient, self._awaited = False, True
+        self._window.finish()
         if not self._writer.end():
             step = self._under_way
             warn(f"the disk of {self.root} hangs: the save of step {step} is given up, earlier checkpoints are intact")

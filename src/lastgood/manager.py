@@ -23,7 +23,7 @@ from lastgood.policy import Keep
 from lastgood.recovery import Found
 from lastgood.repo import free, gc, held, journal, layout, leases, metrics, poison, verify
 from lastgood.repo.commit import commit
-from lastgood.repo.draft import Draft, draft
+from lastgood.repo.draft import Changed, Draft, draft
 from lastgood.repo.protect import protected
 from lastgood.repo.quarantine import carries, quarantine
 from lastgood.repo.read import records
@@ -122,6 +122,7 @@ class Manager(Behind):
         if skip and self._skips(step):
             return None
         self.settle()
+        self.owed = ""
         save = Save(step, started, dict(environment), dict(arguments), copy.deepcopy(dict(facts)))
         patience, behind = free.Patience(self.space.leaving), not now and self.background is not None
         staging: Staging | None = None
@@ -136,7 +137,7 @@ class Manager(Behind):
                 staging = open_staging(self.root)
                 if behind and self.background is not None:
                     self._arena.budget = self.background.budget
-                    staging = draft(staging, self._arena)
+                    staging = draft(staging, self._arena, self.stages())
                     self._arena.ready(estimate)
                 write(staging)
                 self._still_ours()
@@ -171,8 +172,11 @@ class Manager(Behind):
         """
         if self._writer.here:
             return
+        self._window.finish()
         while (raised := self._writer.take()) is not None:
-            if isinstance(raised, Failed):
+            if isinstance(raised, Failed) and isinstance(raised.error, Changed):
+                self._spoilt(raised.step, raised.error)
+            elif isinstance(raised, Failed):
                 self._failed(raised.step, raised.error)
             else:
                 self._failed(max(self.saved, default=0), raised)
@@ -189,7 +193,8 @@ class Manager(Behind):
             state="full" if coming.full else "weights", poisoned=poison.reason(coming, {}),
         )  # fmt: skip
         before, self.saved[save.step] = self.saved.get(save.step), record
-        self._under_way, self._hurry = save.step, False
+        self._under_way, self._hurry, self._window = save.step, False, staging.window
+        staging.window.begin()
         save.copy, save.stall = staging.seconds.get("copy", 0.0), time.perf_counter() - save.started
         self._writer.submit(lambda: self._write(staging, save, estimate, before), size=staging.arena.used)
         return record
@@ -200,8 +205,11 @@ class Manager(Behind):
         while True:
             staging: Staging | None = None
             try:
+                made.window.fill()
                 staging = made.opened()
                 made.write(staging)
+                made.window.prove()
+                save.waited = made.window.waited
                 if self._lock is not save.lock:
                     raise SaveFailed(f"the run was closed before step {save.step} was written")
                 self._still_ours()
@@ -247,7 +255,7 @@ class Manager(Behind):
         self.saved[save.step] = record
         self.space.saved(record.manifest)
         self.took = time.perf_counter() - save.started
-        spent = {"stall": save.stall or self.took, **staging.seconds, "copy": save.copy}
+        spent = {"stall": save.stall + save.waited or self.took, **staging.seconds, "copy": save.copy}
         journal.append(
             save.door, "saved", step=save.step, id=record.id, bytes=record.size, seconds=round(self.took, 4),
             spent={name: round(spent.get(name, 0.0), 4) for name in SPENT},

@@ -101,6 +101,10 @@ class Occasions:
             self._asked = ()
         return reasons
 
+    def ask(self, reason: str) -> None:
+        """Save after the next step that is looked at, and don't leave it out. "": no reason."""
+        self._asked += (reason,) if reason else ()
+
     def stopping(self, step: int) -> str:
         """Why the process has to leave, "" if it needn't: to be asked inside of what takes long, too."""
         now = time.monotonic()

@@ -1,4 +1,7 @@
-"""A checkpoint in memory: everything that is to be written, copied, so that what it was copied from may change."""
+"""A checkpoint in memory: everything that is to be written, copied, so that what it was copied from may change.
+
+A Window says when the copy is made: at once, or while training goes on and nothing changes.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,51 @@ from lastgood.store import local
 from lastgood.store.memory import Arena
 
 
+class Changed(Exception):
+    """What was copied while training went on has changed meanwhile: the copy is none of any step, and worth nothing."""
+
+
 class Source(Protocol):
-    """The tensors of one file. Whoever writes asks for them once, from another thread than the one that trains."""
+    """The tensors of one file."""
+
+    @property
+    def entries(self) -> tuple[safetensors.Tensor, ...]:
+        """With their buffers, in which nothing may be yet."""
+        ...
 
     def tensors(self) -> Iterable[safetensors.Tensor]:
-        """Each with a host buffer that is ready to be written, and stays as it is until the file is."""
+        """The same with what is to be written; waits for it. Asked by whoever writes, from another thread than the one
+        that trains, and behind `Window.fill`."""
+        ...
+
+
+class Window(Protocol):
+    """The copying of one save. It is open from `begin` until nothing of the live state is needed any more.
+
+    waited: seconds that `finish` has held training so far.
+    """
+
+    @property
+    def waited(self) -> float: ...
+
+    def stage(self, tensors: Iterable[safetensors.Tensor], arena: Arena) -> Source:
+        """Take the tensors of one file, while nothing changes. Raises Short where memory is."""
+        ...
+
+    def begin(self) -> None:
+        """All is staged; training goes on now."""
+        ...
+
+    def finish(self) -> None:
+        """Called by whoever is about to change the state: returns when nothing of it is needed any more."""
+        ...
+
+    def fill(self) -> None:
+        """Called by whoever writes, before anything else: copy what isn't copied yet."""
+        ...
+
+    def prove(self) -> None:
+        """Called by whoever writes, before it commits. Raises Changed unless all is as it was when it was staged."""
         ...
 
 
@@ -32,6 +75,23 @@ class Copied:
         return self.entries
 
 
+class Eager:
+    """A window that never opens: everything is copied when it is staged."""
+
+    waited = 0.0
+
+    def stage(self, tensors: Iterable[safetensors.Tensor], arena: Arena) -> Source:
+        return Copied(tuple(entry._replace(data=arena.keep(entry.data)) for entry in tensors))
+
+    def begin(self) -> None: ...
+
+    def finish(self) -> None: ...
+
+    def fill(self) -> None: ...
+
+    def prove(self) -> None: ...
+
+
 @dataclass(slots=True)
 class Draft(Staging):
     """Takes what a Staging takes. Its directory is for libraries that write files; `adopt` reads those back and
@@ -41,6 +101,7 @@ class Draft(Staging):
     """
 
     arena: Arena = field(default_factory=Arena)
+    window: Window = field(default_factory=Eager)
     _todo: list[Callable[[Staging], object]] = field(default_factory=list)
 
     def tensors(
@@ -52,9 +113,9 @@ class Draft(Staging):
         *,
         told: dict[str, str] | None = None,
     ) -> None:
-        """Copy them. Raises Short where memory is; UsageError for what no file can hold."""
+        """Copy them, at once or in the window. Raises Short where memory is, UsageError for what no file can hold."""
         started = time.perf_counter()
-        source = Copied(tuple(entry._replace(data=self.arena.keep(entry.data)) for entry in tensors))
+        source = self.window.stage(tensors, self.arena)
         safetensors.encode(source.entries, metadata)  # what is wrong with them is told by the call that is at fault
         self._spent("copy", started)
         self._will(part, lambda out: out.tensors(name, part, source.tensors(), metadata, told=told))
@@ -90,7 +151,7 @@ class Draft(Staging):
         self._todo.append(act)
 
 
-def draft(staging: Staging, arena: Arena) -> Draft:
+def draft(staging: Staging, arena: Arena, window: Window) -> Draft:
     """In the place of an empty Staging."""
     arena.reset()
-    return Draft(staging.root, staging.id, arena=arena)
+    return Draft(staging.root, staging.id, arena=arena, window=window)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -112,14 +113,29 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     return torch.equal(mine, right.detach().cpu().contiguous().reshape(-1).view(torch.uint8))
 
 
-def named(tensors: Mapping[str, torch.Tensor]) -> Iterator[Tensor]:
+@dataclass(frozen=True, slots=True)
+class Named:
     """Entries in the order given, one at a time: what has to be brought from a device isn't all there at once.
 
-    Small ones on the CPU are copied into one block first. To ask torch for the memory of each takes longer than that,
-    and a count of steps, or a bias, of thousands of parameters would be most of the time of a save.
+    Whoever copies them later asks for the tensors themselves.
     """
-    small = _in_a_block({name: tensor for name, tensor in tensors.items() if _small(tensor)})
-    return (small.get(name) or to_bytes(name, tensor) for name, tensor in tensors.items())
+
+    tensors: Mapping[str, torch.Tensor]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        small = self.small()
+        return (small.get(name) or to_bytes(name, tensor) for name, tensor in self.tensors.items())
+
+    def small(self) -> dict[str, Tensor]:
+        """The small ones on the CPU, copied into a block for each dtype.
+
+        To ask torch for the memory of each takes longer than that, and a count of steps, or a bias, of thousands of
+        parameters would be most of the time of a save.
+        """
+        return _in_a_block({name: tensor for name, tensor in self.tensors.items() if _small(tensor)})
+
+
+named = Named
 
 
 def _small(tensor: torch.Tensor) -> bool:

@@ -22,7 +22,7 @@ from lastgood.integrations.torch.loader import Data
 from lastgood.integrations.torch.metrics import Metrics, number
 from lastgood.integrations.torch.module import Model
 from lastgood.integrations.torch.options import Options
-from lastgood.integrations.torch.parts import accelerated, part, trains_what_is_saved
+from lastgood.integrations.torch.parts import Optimizer, accelerated, part, trains_what_is_saved
 from lastgood.manager import Manager
 from lastgood.model import Record, finite
 from lastgood.occasions import Occasions
@@ -34,6 +34,7 @@ from lastgood.state.finite import not_finite
 from lastgood.state.match import Match
 from lastgood.state.recorder import Recorder
 from lastgood.state.saved import Saved
+from lastgood.state.steps import Steps
 from lastgood.state.stream import Once
 from lastgood.talk import say, warn
 from lastgood.target import Fresh, resolve
@@ -75,6 +76,7 @@ class CheckpointManager:
             on_full=self.options.on_full, verify=self.options.verify,
             background=background.chosen(self.options.background, accelerated=accelerated(self.parts)),
         )  # fmt: skip
+        self._steps = Steps(self._run, lambda: [item.optimizer for item in self.parts if isinstance(item, Optimizer)])
         self._run.space.leaving = lambda: self._occasions.stopping(self._boundary.step if self._boundary else 0)
         self._occasions = Occasions(self.options.triggers)
         self._guard = Guard(on=self.options.guard == "mark", not_finite=self._not_finite)
@@ -115,6 +117,7 @@ class CheckpointManager:
         match = Match(rename=rename or {}, new=new, gone=gone, cast=cast)
         self._run.open(takeover=self.options.takeover)
         self._stack.callback(self._run.close, "interrupted")
+        self._stack.enter_context(self._steps.heard())
         try:
             step = self._begin(start, match)
         except BaseException:
@@ -161,7 +164,7 @@ class CheckpointManager:
         try:
             if self._boundary is not None and self._run._lock is not None:
                 self._run.settle()
-                if self.options.triggers.any or self.options.save_best:
+                if self.options.triggers.any or self.options.save_best or self._run.owed:
                     self._save_last(self._boundary, "the end of the loop", sure=False)
                 self._recorder.flush()
                 self._run.retain()
@@ -313,6 +316,7 @@ class CheckpointManager:
     def _heed(self, step: int) -> None:
         """What failed behind the loop's back is told now; the run may have to stop for it."""
         self._run.heed()
+        self._occasions.ask(self._run.owed)
         if self._run.space.lack is not None:
             self._occasions.no_room(step)
 

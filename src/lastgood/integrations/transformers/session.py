@@ -34,9 +34,11 @@ from lastgood.state import facts, rng
 from lastgood.state.data import Position, Tracker
 from lastgood.state.fingerprint import live_tensors
 from lastgood.state.finite import not_finite
+from lastgood.state.lazy import Pace
 from lastgood.state.match import some
 from lastgood.state.recorder import Recorder
 from lastgood.state.rng import Rng
+from lastgood.state.steps import Steps
 from lastgood.state.weights import Coverage
 from lastgood.talk import say, warn
 from lastgood.target import Fresh, Target, resolve
@@ -57,6 +59,7 @@ class Session:
     coverage: Coverage | None = None
     tracker: Tracker = field(default_factory=Tracker)
     recorder: Recorder = field(default_factory=Recorder)
+    pace: Pace = field(default_factory=Pace)
     proving: Proving | None = None
     updates_per_epoch: int = 1
     planned: bool = False  # a batch size that is tried anew begins training anew
@@ -114,7 +117,8 @@ class Session:
                 raise NoCheckpoint(f"there is no checkpoint to prove in {self.manager.root}")
             if isinstance(found, Fresh) and found.why:
                 say(found.why)
-            with self.occasions.listening():
+            steps = Steps(self.live, lambda: [self.trainer.optimizer], self.pace)
+            with self.occasions.listening(), steps.heard():
                 yield None if self.target is None else os.fspath(self.target.path)
             event = "finished"
         except Preempted:
@@ -308,6 +312,7 @@ class Session:
         if wait:
             self.live.settle()
         self.live.heed()
+        self.occasions.ask(self.live.owed)
         if self.saved_step not in self.live.saved:
             self.saved_step = -1  # it came to nothing
         if self.live.space.lack is not None and not self.occasions.leave:

@@ -245,6 +245,8 @@ class ManagedTrainer(Loop):
             session.proving.leave(self)
         if session.coverage is not None:
             session.heed(wait=True)
+            if session.live.owed:  # there is no next step to save
+                self._save_checkpoint(self.model, trial)
         if session.finished and session.source is not None and not session.caught_up:
             session.caught_up = session.source.finish(self, session.live.root)
             rest = {"model": self.model_wrapped, "trial": trial, "ignore_keys_for_eval": None, "start_time": start_time}

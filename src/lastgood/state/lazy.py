@@ -1,0 +1,189 @@
+"""A state that is copied while training goes on, as long as nothing changes it; and the proof that nothing did.
+
+Weights and the state of optimizers change in an optimizer's step and nowhere else, in most programs. So their copy can
+be made during the next forward and backward pass: by the thread that writes, and by the one that trains when it comes
+to its next step. What changes them elsewhere is found out before anything is committed: a weight's bytes are hashed
+when they are staged, and the copy has to have that hash. See docs/decisions/023.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from lastgood.format.tensors import Tensor
+from lastgood.repo.draft import Changed, Copied, Source
+from lastgood.state.match import some
+from lastgood.state.proof import Bytes, Proof, Sampled, Whole, raw
+from lastgood.state.tensors import Named, to_bytes
+from lastgood.store.memory import Arena
+
+SMALL = 1 << 17
+"""Bytes (128 KiB) below which a tensor is copied at once: to guard it takes longer."""
+PIECE = 1 << 20
+"""Bytes (1 MiB) that are copied in one go: a step waits for no more than that of what another thread has begun."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """small: bytes below which a tensor is copied at once; piece: that are copied in one go. wait: called by whoever
+    writes before each piece, with the number of pieces that are left.
+    """
+
+    small: int = SMALL
+    piece: int = PIECE
+    wait: Callable[[int], object] | None = None
+
+
+Place = tuple[int, int]
+"""Address and number of bytes of a tensor that lies in the host's memory."""
+
+
+def place(tensor: torch.Tensor, small: int = SMALL) -> Place | None:
+    """None for one that has to be copied at once: small, on a device, or not the bytes that are written, in a row."""
+    if tensor.device.type != "cpu" or tensor.layout is not torch.strided or tensor.is_inference():
+        return None
+    count = tensor.numel() * tensor.element_size()
+    if count < max(small, 1) or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
+        return None
+    return tensor.data_ptr(), count
+
+
+@dataclass(slots=True)
+class Guarded:
+    """One tensor that is copied later. tensor: another name of it, which keeps its memory.
+
+    version: of torch's count of changes, where it says something (see `Lazy.stage`).
+    """
+
+    name: str
+    tensor: torch.Tensor | None
+    source: Bytes | None
+    target: Bytes
+    address: int
+    proof: Proof
+    version: int | None
+    changed: bool = False
+
+    def copy(self, begin: int, end: int) -> None:
+        """Some of its bytes. The interpreter is free meanwhile."""
+        if self.tensor is None or self.source is None or self.tensor.data_ptr() != self.address:
+            self.changed = True  # its memory was given away, to be shared with other processes: don't read there
+        else:
+            self.target[begin:end] = self.source[begin:end]
+
+    def close(self) -> None:
+        """It may change from now on."""
+        if self.tensor is not None and self.version is not None:
+            self.changed = self.changed or self.tensor._version != self.version
+        self.tensor = self.source = None  # a model that has got other tensors doesn't keep its old ones
+
+    def proven(self) -> bool:
+        """Whether the copy is what the tensor was when it was staged."""
+        return not self.changed and self.proof.holds(self.target)
+
+
+@dataclass(slots=True, eq=False)
+class Lazy:
+    """The window of one save, see `lastgood.repo.draft.Window`.
+
+    weights, state: where the tensors lie that only an optimizer changes: what it trains, and what it keeps of it.
+    """
+
+    weights: Collection[Place]
+    state: Collection[Place]
+    pace: Pace = field(default_factory=Pace)
+    waited: float = 0.0
+    _guarded: list[Guarded] = field(default_factory=list)
+    _todo: deque[tuple[Guarded, int, int]] = field(default_factory=deque)
+    _copied: list[None] = field(default_factory=list)
+    _pieces: int = -1
+    _done: threading.Event = field(default_factory=threading.Event)
+    _owner: int = field(default_factory=os.getpid)
+
+    def stage(self, tensors: Iterable[Tensor], arena: Arena) -> Source:
+        """Those that are in `weights` or `state` later, all others now. Raises Short, NotSupported."""
+        if not isinstance(tensors, Named):
+            return Copied(tuple(entry._replace(data=arena.keep(entry.data)) for entry in tensors))
+        small = tensors.small()
+        return Copied(
+            tuple(small.get(name) or self._staged(name, tensor, arena) for name, tensor in tensors.tensors.items())
+        )
+
+    def _staged(self, name: str, tensor: torch.Tensor, arena: Arena) -> Tensor:
+        entry, where = to_bytes(name, tensor), place(tensor, self.pace.small)
+        if where is None or not (where in self.weights or where in self.state):
+            return entry._replace(data=arena.keep(entry.data))
+        source, alias = raw(entry), tensor.detach()
+        if source.ctypes.data != where[0]:  # a copy already
+            return entry._replace(data=arena.keep(entry.data))
+        # A weight is proven by all of its bytes, so what torch counted doesn't matter. The state of an optimizer is
+        # two thirds of a checkpoint, and nobody but the optimizer writes to it behind torch's back.
+        weight = where in self.weights
+        target = arena.take(where[1])
+        one = Guarded(
+            name=name, tensor=alias, source=source, target=raw(entry._replace(data=target)), address=where[0],
+            proof=Whole.of(source) if weight else Sampled.of(source), version=None if weight else alias._version,
+        )  # fmt: skip
+        self._guarded.append(one)
+        return entry._replace(data=target)
+
+    def begin(self) -> None:
+        for one in self._guarded:
+            count = len(one.target)
+            size = self.pace.piece
+            self._todo += [(one, at, min(at + size, count)) for at in range(0, count, size)]
+        self._pieces = len(self._todo)
+        if not self._pieces:
+            self._close()
+
+    @property
+    def open(self) -> bool:
+        """Whether the live state is still needed. False in a forked child, which has no copy of the copy."""
+        return self._pieces >= 0 and os.getpid() == self._owner and not self._done.is_set()
+
+    def finish(self) -> None:
+        if not self.open:
+            return
+        started = time.perf_counter()
+        while not self._done.is_set():
+            self._copy_one()
+        self.waited += time.perf_counter() - started
+
+    def fill(self) -> None:
+        while not self._done.is_set():
+            if self.pace.wait is not None:
+                self.pace.wait(len(self._todo))
+            self._copy_one()
+
+    def _copy_one(self) -> None:
+        """Or wait for those that other threads have begun. What is interrupted is left to whoever comes next."""
+        try:
+            piece = self._todo.popleft()
+        except IndexError:
+            self._done.wait(0.05)
+            return
+        try:
+            piece[0].copy(*piece[1:])
+        except BaseException:
+            self._todo.append(piece)
+            raise
+        self._copied.append(None)
+        if len(self._copied) == self._pieces:
+            self._close()
+
+    def _close(self) -> None:
+        for one in self._guarded:
+            one.close()
+        self._done.set()
+
+    def prove(self) -> None:
+        names = [one.name for one in self._guarded if not one.proven()]
+        if names:
+            raise Changed(f"something outside of any optimizer's step changed {some(names)} while it was being copied")

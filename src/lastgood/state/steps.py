@@ -1,0 +1,98 @@
+"""The moment before an optimizer changes anything, of every optimizer of the process: there the copying ends.
+
+torch calls a global hook at the beginning of `step` of every class that derives from its Optimizer, whoever wraps it.
+Which of them it really reaches isn't taken on trust: an optimizer whose step passed by here since the last save is one
+that it reaches.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from lastgood.behind import Behind
+from lastgood.repo.draft import Eager, Window
+from lastgood.state.lazy import Lazy, Pace, Place, place
+from lastgood.state.optimizer import plain
+
+
+@dataclass(slots=True)
+class Steps:
+    """Makes the windows of a run's saves, and ends them.
+
+    run: it asks for a window before each save; optimizers: those of the run, as they are then.
+    """
+
+    run: Behind
+    optimizers: Callable[[], Iterable[Any]]
+    pace: Pace = field(default_factory=Pace)
+    _window: Window = field(default_factory=Eager)
+    _seen: weakref.WeakSet[torch.optim.Optimizer] = field(default_factory=weakref.WeakSet)
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """Be called before every step inside, if anything is to be copied later at all."""
+        if self.run.background is None or not self.run.background.lazy:
+            yield
+            return
+
+        def before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            # In a step that torch.compile makes a graph of, this is looked at once and never called: such an optimizer
+            # is none that was seen.
+            if not torch.compiler.is_compiling():
+                self.begins(optimizer)
+
+        self.run.stages = self.window
+        handle = register_optimizer_step_pre_hook(before)
+        try:
+            yield
+        finally:
+            handle.remove()
+            self._window.finish()
+
+    def begins(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer is about to change what it trains."""
+        self._window.finish()
+        self._seen.add(optimizer)
+
+    def window(self) -> Window:
+        """For the next save: one that copies later if every optimizer is known to come by here before it changes
+        anything."""
+        found = [plain(optimizer) for optimizer in self.optimizers()]
+        safe = bool(found) and all(optimizer in self._seen and not _swaps(optimizer) for optimizer in found)
+        self._seen.clear()
+        self._window = Lazy(*_places(found, self.pace.small), pace=self.pace) if safe else Eager()
+        return self._window
+
+
+def _swaps(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it has other weights to train with than to evaluate, as schedule-free ones have, and changes them between
+    two steps."""
+    return any(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
+
+
+def _places(optimizers: Iterable[torch.optim.Optimizer], small: int) -> tuple[set[Place], set[Place]]:
+    """(of the weights that they train, of their state). What both claim counts as a weight."""
+    weights: set[Place | None] = set()
+    state: set[Place | None] = set()
+    for optimizer in optimizers:
+        weights |= {place(tensor, small) for group in optimizer.param_groups for tensor in group["params"]}
+        state |= {place(tensor, small) for entry in optimizer.state.values() for tensor in _tensors(entry)}
+    return {one for one in weights if one is not None}, {one for one in state if one is not None}
+
+
+def _tensors(entry: object) -> Iterator[torch.Tensor]:
+    if isinstance(entry, torch.Tensor):
+        yield entry
+    elif isinstance(entry, Mapping):
+        for value in entry.values():
+            yield from _tensors(value)
+    elif isinstance(entry, (list, tuple)):
+        for value in entry:
+            yield from _tensors(value)
