@@ -21,6 +21,7 @@ from lastgood.format.tensors import Tensor
 from lastgood.repo.draft import Changed, Copied, Source
 from lastgood.state.match import some
 from lastgood.state.proof import Bytes, Proof, Sampled, Whole, raw
+from lastgood.state.tensors import SMALL as SMALL_BLOCK
 from lastgood.state.tensors import Named, to_bytes
 from lastgood.store.memory import Arena
 
@@ -111,7 +112,7 @@ class Lazy:
         """Those that are in `weights` or `state` later, all others now. Raises Short, NotSupported."""
         if not isinstance(tensors, Named):
             return Copied(tuple(entry._replace(data=arena.keep(entry.data)) for entry in tensors))
-        small = tensors.small()
+        small = tensors.small(min(SMALL_BLOCK, self.pace.small - 1))
         return Copied(
             tuple(small.get(name) or self._staged(name, tensor, arena) for name, tensor in tensors.tensors.items())
         )

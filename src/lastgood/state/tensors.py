@@ -126,22 +126,22 @@ class Named:
         small = self.small()
         return (small.get(name) or to_bytes(name, tensor) for name, tensor in self.tensors.items())
 
-    def small(self) -> dict[str, Tensor]:
-        """The small ones on the CPU, copied into a block for each dtype.
+    def small(self, limit: int = SMALL) -> dict[str, Tensor]:
+        """The small ones on the CPU (`limit` bytes), copied into a block for each dtype.
 
         To ask torch for the memory of each takes longer than that, and a count of steps, or a bias, of thousands of
         parameters would be most of the time of a save.
         """
-        return _in_a_block({name: tensor for name, tensor in self.tensors.items() if _small(tensor)})
+        return _in_a_block({name: tensor for name, tensor in self.tensors.items() if _small(tensor, limit)})
 
 
 named = Named
 
 
-def _small(tensor: torch.Tensor) -> bool:
+def _small(tensor: torch.Tensor, limit: int) -> bool:
     # Nothing that isn't plain: torch.cat must not have to convert anything.
     plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.dtype in _COPIED and tensor.is_cpu
-    return plain and tensor.layout is torch.strided and tensor.nbytes <= SMALL
+    return plain and tensor.layout is torch.strided and tensor.nbytes <= limit
 
 
 def _in_a_block(tensors: Mapping[str, torch.Tensor]) -> dict[str, Tensor]:
