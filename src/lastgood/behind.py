@@ -93,7 +93,7 @@ class Behind(Holding):
             if background is not None:
                 self._arena.budget = background.budget
                 with suppress(Short):  # the save itself says so
-                    self._arena.ready(count)
+                    self._arena.ready(count, until=lambda: self._awaited)
             direct.ready()
 
         if count >= direct.LARGE:
@@ -140,7 +140,9 @@ class Behind(Holding):
 
     def _drained(self) -> None:
         """Wait until all that was handed over is done; what is waiting for room gives up when training has to leave."""
-        self._awaited = not self._writer.here
+        if self._writer.here:
+            return
+        self._awaited = True
         while not self._writer.wait(0.1):
             self._hurry = self._hurry or not self.space.patient or bool(self.space.leaving())
         self._awaited = False
