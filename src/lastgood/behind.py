@@ -101,8 +101,8 @@ class Behind(Holding):
 
     @property
     def busy(self) -> bool:
-        """Whether something is still being written, recorded or deleted."""
-        return self._writer.busy
+        """Whether something is still being written, recorded or deleted in the background."""
+        return self.background is not None and self._writer.busy
 
     def then(self, step: int, act: Callable[[Record], None]) -> None:
         """Do it with the checkpoint that was saved at `step`, behind what is under way; not if there is none."""
