@@ -138,7 +138,7 @@ def test_I10_I13_retention_returns_before_large_files_are_gone_and_the_next_save
     with using(disk):
         save(made, 1, STEP + 1)
         save(made, 2, STEP + 1)  # returns, though nobody lets the disk go
-        assert disk.cutting.wait(120) and made.busy
+        assert disk.cutting.wait(120) and made._writer.busy
         there = [record.step for record in records(tmp_path) if record.state == "full"]
         assert there == [2], "the older one is out of sight at once"
         assert any((tmp_path / ".lastgood" / "trash").rglob("optimizer.safetensors"))

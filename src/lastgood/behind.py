@@ -100,7 +100,7 @@ class Behind(Holding):
             if background is not None:
                 self._arena.budget = background.budget
                 with suppress(Short):  # the save itself says so
-                    self._arena.ready(count)
+                    self._arena.ready(count, until=lambda: self._awaited)
             direct.ready()
 
         if count >= direct.LARGE:
@@ -108,8 +108,8 @@ class Behind(Holding):
 
     @property
     def busy(self) -> bool:
-        """Whether something is still being written, recorded or deleted."""
-        return self._writer.busy
+        """Whether something is still being written, recorded or deleted in the background."""
+        return self.background is not None and self._writer.busy
 
     def then(self, step: int, act: Callable[[Record], None]) -> None:
         """Do it with the checkpoint that was saved at `step`, behind what is under way; not if there is none."""
@@ -147,7 +147,9 @@ class Behind(Holding):
 
     def _drained(self) -> None:
         """Wait until all that was handed over is done; what is waiting for room gives up when training has to leave."""
-        self._awaited = not self._writer.here
+        if self._writer.here:
+            return
+        self._awaited = True
         self._window.finish()
         while not self._writer.wait(0.1):
             self._hurry = self._hurry or not self.space.patient or bool(self.space.leaving())

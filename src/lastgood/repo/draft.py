@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from lastgood.format import tensors as safetensors
-from lastgood.repo.staging import Content, Staging, explained, written_by_libraries
+from lastgood.repo.staging import Content, Staging, beside_training, explained, written_by_libraries
 from lastgood.store import local
 from lastgood.store.memory import Arena
 
@@ -144,7 +144,7 @@ class Draft(Staging):
         with explained(self.directory):
             local.make_dirs(self.directory.parent)
             local.make_dir(self.directory)
-        return Staging(self.root, self.id)
+        return Staging(self.root, self.id, writers=beside_training())
 
     def _will(self, part: str, act: Callable[[Staging], object]) -> None:
         self.parts.setdefault(part, [])

@@ -28,6 +28,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 WRITERS = 2
 """Files that are written at the same time: while one waits for the disk, the other is copied and hashed."""
+CORES = 8
+"""From so many cores on also where training goes on meanwhile: with fewer it needs them itself."""
 
 Content = bytes | memoryview | Callable[[], bytes]
 """Of a file: itself, or a function that makes it when it is written."""
@@ -38,8 +40,8 @@ class Staging:
     """Takes what a checkpoint is to hold; `flush` puts it on the disk, and nothing may change before.
 
     path: the directory, for libraries that write files of their own. parts: the names that were taken so far; files:
-    what is written. seconds: spent on what: "hash" (making tensors.json of the hashes), "write" (with all hashing),
-    "copy".
+    what is written. writers: files at the same time. seconds: spent on what: "hash" (making tensors.json of the
+    hashes), "write" (with all hashing), "sync", "copy".
     """
 
     root: Path
@@ -47,6 +49,7 @@ class Staging:
     files: dict[str, FileEntry] = field(default_factory=dict)
     parts: dict[str, list[str]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    writers: int = WRITERS
     _waiting: dict[str, Callable[[Path], FileEntry]] = field(default_factory=dict)
     _about: dict[str, Callable[[Path], FileEntry]] = field(default_factory=dict)  # what is made when those are written
 
@@ -126,7 +129,7 @@ class Staging:
 
         try:
             for some in (todo, about):
-                together([partial(act, name, write) for name, write in some.items()], limit=WRITERS)
+                together([partial(act, name, write) for name, write in some.items()], limit=self.writers)
         finally:  # also of a save that fails it is good to know how much room it took
             self.files |= {name: made[name] for name in (*todo, *about) if name in made}
             self._spent("write", started)
@@ -162,6 +165,11 @@ class Staging:
         if name in self.files or name in self._waiting or name in self._about:
             raise SaveFailed(f"two files of a checkpoint are called {name!r}", hint="rename what writes one of them")
         self.parts.setdefault(part, []).append(name)
+
+
+def beside_training() -> int:
+    """Files that are written at the same time while training goes on."""
+    return WRITERS if (os.cpu_count() or 1) >= CORES else 1
 
 
 def open_staging(root: Path) -> Staging:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,14 +44,14 @@ class Arena:
         """Bytes taken from the system."""
         return sum(len(block.memory) for block in self._blocks)
 
-    def ready(self, count: int) -> None:
+    def ready(self, count: int, *, until: Callable[[], object] = bool) -> None:
         """Hold at least `count` bytes, faulted in: the first copy into fresh memory is four times as slow.
 
-        Raises Short.
+        until: asked whether somebody waits for it, who then gets it as far as it is. Raises Short.
         """
         missing = count - self.held
         if missing > 0:
-            self._grow(missing)
+            self._grow(missing, until)
 
     def take(self, count: int) -> memoryview:
         """So many bytes, writable, until the next `reset`. Raises Short."""
@@ -77,7 +78,7 @@ class Arena:
         """Give everything back to the system, as soon as nobody looks at it any more."""
         self.used, self._blocks = 0, []
 
-    def _grow(self, count: int) -> _Block:
+    def _grow(self, count: int, until: Callable[[], object] = bool) -> _Block:
         least, room = -(-count // mmap.PAGESIZE) * mmap.PAGESIZE, self._room()
         if room is not None and least > room:  # what is held in pieces that are too small goes first
             self._blocks = [block for block in self._blocks if block.used]
@@ -91,7 +92,7 @@ class Arena:
             memory = mmap.mmap(-1, size, **_PRIVATE)
         except (OSError, ValueError, OverflowError, MemoryError):
             raise Short from None
-        _fault_in(memory)
+        _fault_in(memory, until)
         block = _Block(memory)
         self._blocks.append(block)
         return block
@@ -107,7 +108,7 @@ class Arena:
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
 
 
-def _fault_in(memory: mmap.mmap) -> None:
+def _fault_in(memory: mmap.mmap, until: Callable[[], object]) -> None:
     """Large pages, where the system has some; and none of it in data workers that are forked later.
 
     Without the last, a page that the next save writes to would be copied for each of them.
@@ -119,6 +120,8 @@ def _fault_in(memory: mmap.mmap) -> None:
             memory.madvise(getattr(mmap, name))
     with suppress(OSError):
         for begin in range(0, len(memory), SLICE):
+            if until():
+                return
             memory.madvise(POPULATE_WRITE, begin, min(SLICE, len(memory) - begin))
 
 
