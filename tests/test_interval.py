@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from lastgood.interval import MOST, Interval, choose
 from lastgood.repo import journal
 from lastgood.tempo import FIRST_SECONDS, FIRST_STEPS, Tempo, told
 from lastgood.triggers import Triggers
+
+import forked
 
 STEP = st.floats(1e-4, 1e3)
 COST = st.floats(0, 1e4)
@@ -247,6 +250,17 @@ def test_a_loop_saves_by_it_and_writes_down_why(background: bool, tmp_path: Path
     saved = [event["step"] for event in journal.read(tmp_path) if event["event"] == "saved"]
     assert saved[0] <= FIRST_STEPS and saved[-1] == 40
     assert go(41) == 40
+
+
+def test_when_it_saves_changes_neither_the_training_nor_a_resume(tmp_path: Path) -> None:
+    """Killed between two saves that nobody planned, it ends where a run without any saves ends."""
+    whole = loops.train("a loader", tmp_path / "whole", None, total=20, every=1000)
+    log, result = tmp_path / "log", tmp_path / "result"
+    options = {"total": 20, "every": "auto", "background": False}
+    assert forked.run(loops.train, "a loader", tmp_path / "run", None, kill=14, log=log, **options) == -signal.SIGKILL
+    assert lines(tmp_path / "run"), "it had measured a save"
+    assert forked.run(loops.train, "a loader", tmp_path / "run", result, log=log, **options) == 0, log.read_text()
+    assert result.read_text() == repr(whole)
 
 
 def trained(out: Path, **args: Any) -> Any:
