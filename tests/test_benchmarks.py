@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import figures, report, scaling
@@ -106,6 +106,7 @@ def test_an_adapter_is_saved_without_its_base() -> None:
     assert "small-3000" in NAMES
 
 
+@settings(deadline=None)
 @given(st.floats(0.1, 3), st.floats(1e-9, 1e3), st.lists(st.integers(1, 10**9), min_size=2, max_size=6, unique=True))
 def test_the_exponent_is_that_of_a_power(power: float, scale: float, sizes: list[int]) -> None:
     points = [(float(size), scale * float(size) ** power) for size in sorted(sizes)]
@@ -121,6 +122,7 @@ def test_what_is_steep_is_told() -> None:
     ]
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1e6), max_size=5))
 def test_a_number_is_written_with_its_spread(values: list[float]) -> None:
     assert figures.seconds(values) and figures.spread(values)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import lastgood
@@ -20,6 +21,8 @@ from lastgood.interval import MOST, Interval, choose
 from lastgood.repo import journal
 from lastgood.tempo import FIRST_SECONDS, FIRST_STEPS, Tempo, told
 from lastgood.triggers import Triggers
+
+import forked
 
 STEP = st.floats(1e-4, 1e3)
 COST = st.floats(0, 1e4)
@@ -34,6 +37,7 @@ def wishes(draw: st.DrawFn) -> Interval:
     return Interval(overhead=draw(st.floats(1e-6, 0.999)), longest=longest)
 
 
+@settings(deadline=None)
 @given(wishes(), STEP, COST, COST)
 def test_the_interval_keeps_what_it_promises_or_says_what_was_in_the_way(
     wanted: Interval, step: float, cost: float, behind: float
@@ -55,6 +59,7 @@ def test_the_interval_keeps_what_it_promises_or_says_what_was_in_the_way(
         assert abs(choice.steps - daly(cost, wanted.mtbf) / step) <= 0.5 + 1e-6 * choice.steps
 
 
+@settings(deadline=None)
 @given(wishes(), STEP, COST, COST, st.floats(0, 1e3), st.floats(0, 1e3))
 def test_what_costs_more_is_done_no_more_often(
     wanted: Interval, step: float, cost: float, behind: float, more: float, longer: float
@@ -64,6 +69,7 @@ def test_what_costs_more_is_done_no_more_often(
     assert choose(wanted, step=step + longer, cost=cost, behind=behind).steps <= first.steps
 
 
+@settings(deadline=None)
 @given(wishes(), ANY, ANY, ANY)
 def test_no_time_is_too_short_or_too_long(wanted: Interval, step: float, cost: float, behind: float) -> None:
     choice = choose(wanted, step=step, cost=cost, behind=behind)
@@ -151,6 +157,7 @@ def test_what_the_writer_takes_from_training_counts() -> None:
     assert lost <= 0.0205
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.floats(0.01, 10), st.floats(0.001, 5), st.floats(0.02, 0.5), st.integers(0, 20), st.floats(0, 0.5))
 def test_the_budget_holds_for_the_whole_run(
     step: float, stall: float, overhead: float, writing: int, slowed: float
@@ -198,6 +205,7 @@ def test_it_goes_on_from_what_the_run_measured_last() -> None:
     assert half is not None and half.steps == 198, "the wish is today's"
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(
         st.sampled_from(["step_seconds", "save_seconds", "behind_seconds", "every"]),
@@ -244,6 +252,17 @@ def test_a_loop_saves_by_it_and_writes_down_why(background: bool, tmp_path: Path
     assert go(41) == 40
 
 
+def test_when_it_saves_changes_neither_the_training_nor_a_resume(tmp_path: Path) -> None:
+    """Killed between two saves that nobody planned, it ends where a run without any saves ends."""
+    whole = loops.train("a loader", tmp_path / "whole", None, total=20, every=1000)
+    log, result = tmp_path / "log", tmp_path / "result"
+    options = {"total": 20, "every": "auto", "background": False}
+    assert forked.run(loops.train, "a loader", tmp_path / "run", None, kill=14, log=log, **options) == -signal.SIGKILL
+    assert lines(tmp_path / "run"), "it had measured a save"
+    assert forked.run(loops.train, "a loader", tmp_path / "run", result, log=log, **options) == 0, log.read_text()
+    assert result.read_text() == repr(whole)
+
+
 def trained(out: Path, **args: Any) -> Any:
     from training import Case
 
@@ -254,8 +273,11 @@ def trained(out: Path, **args: Any) -> Any:
 
 
 @pytest.mark.parametrize("strategy", ["steps", "no"])
-def test_a_trainer_saves_by_it_and_at_its_end(strategy: str, tmp_path: Path) -> None:
+def test_a_trainer_saves_by_it_and_at_its_end(strategy: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "lastgood")
     trained(tmp_path, save_strategy=strategy)
+    assert "CKB007" not in caplog.text, "it does save"
+    assert caplog.text.count("(save_steps='auto'): a step takes") == 1, "said once"
     events = lines(tmp_path)
     assert events and events[0]["step"] <= FIRST_STEPS + 1
     saved = [event["step"] for event in journal.read(tmp_path) if event["event"] == "saved"]

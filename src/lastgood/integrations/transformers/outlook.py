@@ -53,7 +53,7 @@ def look_ahead(session: Session) -> None:
 def _look_ahead(session: Session) -> None:
     manager, keep = session.live, session.live.keep
     there = [record for record in manager.records() if record.ours and record.current]
-    coming = saves_to_come(session.trainer, there, session.updates_per_epoch)
+    coming = saves_to_come(session.trainer, there, session.updates_per_epoch, paced=_paced(session))
     if not coming.steps or (keep.within is not None and coming.pace <= 0):
         return  # nobody knows yet how long a step takes
     own = sum(record.size for record in there)
@@ -71,15 +71,27 @@ def _look_ahead(session: Session) -> None:
         )
 
 
-def saves_to_come(trainer: Any, there: list[Record], per_epoch: int) -> Coming:
+def _paced(session: Session) -> int | None:
+    """Steps between saves under save_steps="auto"; as long as nothing is measured, as if there were twenty in all."""
+    tempo, state = session.occasions.tempo, session.trainer.state
+    if tempo.wanted is None:
+        return None
+    return tempo.choice.steps if tempo.choice is not None else max(1, (state.max_steps - state.global_step) // 20)
+
+
+def saves_to_come(trainer: Any, there: list[Record], per_epoch: int, *, paced: int | None = None) -> Coming:
     """When this run will save from here on, and how much. there: its checkpoints so far.
 
+    paced: so many steps apart besides, whatever the arguments say of steps.
     Raises UsageError where the size can't be told, neither from the tensors nor from a checkpoint that is there.
     """
     args, at, end = trainer.args, trainer.state.global_step, trainer.state.max_steps
     strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
+    strategy = "steps" if paced is not None and strategy == "no" else strategy
     evaluated = live.evaluations(args, end, per_epoch)
-    every = {"steps": absolute_steps(args.save_steps, end), "epoch": per_epoch, "best": evaluated}.get(strategy)
+    every = {"steps": paced or absolute_steps(args.save_steps, end), "epoch": per_epoch, "best": evaluated}.get(
+        strategy
+    )
     full, weights = _bytes(trainer, there, end)
     made = [record.manifest.created for record in there if record.manifest is not None]
     return Coming(
