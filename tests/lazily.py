@@ -89,4 +89,4 @@ def manager(root: Path, wait: Callable[[int], object] | None, **parts: Any) -> l
 def window(ckpt: lastgood.CheckpointManager) -> Lazy | None:
     """Of the last save; None if everything was copied at once."""
     found = ckpt._run._window
-    return found if isinstance(found, Lazy) and found._guarded else None
+    return found if isinstance(found, Lazy) and found._pieces > 0 else None

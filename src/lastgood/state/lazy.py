@@ -186,5 +186,6 @@ class Lazy:
 
     def prove(self) -> None:
         names = [one.name for one in self._guarded if not one.proven()]
+        self._guarded = []  # nothing here keeps the memory of a copy that is over
         if names:
             raise Changed(f"something outside of any optimizer's step changed {some(names)} while it was being copied")

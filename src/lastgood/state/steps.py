@@ -7,7 +7,6 @@ that it reaches.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,7 +32,7 @@ class Steps:
     optimizers: Callable[[], Iterable[Any]]
     pace: Pace = field(default_factory=Pace)
     _window: Window = field(default_factory=Eager)
-    _seen: weakref.WeakSet[torch.optim.Optimizer] = field(default_factory=weakref.WeakSet)
+    _seen: set[int] = field(default_factory=set)  # by id: somebody's own optimizer may have no hash
 
     @contextmanager
     def heard(self) -> Iterator[None]:
@@ -59,13 +58,13 @@ class Steps:
     def begins(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer is about to change what it trains."""
         self._window.finish()
-        self._seen.add(optimizer)
+        self._seen.add(id(optimizer))
 
     def window(self) -> Window:
         """For the next save: one that copies later if every optimizer is known to come by here before it changes
         anything."""
         found = [plain(optimizer) for optimizer in self.optimizers()]
-        safe = bool(found) and all(optimizer in self._seen and not _swaps(optimizer) for optimizer in found)
+        safe = bool(found) and all(id(optimizer) in self._seen and not _swaps(optimizer) for optimizer in found)
         self._seen.clear()
         self._window = Lazy(*_places(found, self.pace.small), pace=self.pace) if safe else Eager()
         return self._window
