@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lastgood import background
-from lastgood.errors import LastgoodError, NotSupported, Preempted, UsageError
+from lastgood.errors import LastgoodError, Preempted, UsageError
 from lastgood.guard import Guard
 from lastgood.integrations.torch import restoring, writing
 from lastgood.integrations.torch.boundary import MOST_STEPS, Boundary, counted
@@ -22,7 +22,7 @@ from lastgood.integrations.torch.loader import Data
 from lastgood.integrations.torch.metrics import Metrics, number
 from lastgood.integrations.torch.module import Model
 from lastgood.integrations.torch.options import Options
-from lastgood.integrations.torch.parts import Optimizer, accelerated, part, trains_what_is_saved
+from lastgood.integrations.torch.parts import Optimizer, accelerated, one_process, part, trains_what_is_saved
 from lastgood.manager import Manager
 from lastgood.model import Record, finite
 from lastgood.occasions import Occasions
@@ -63,7 +63,7 @@ class CheckpointManager:
 
             given = prepared.parts(accelerator, given)
             more = [progress.Progress(accelerator)]
-        _one_process()
+        one_process()
         if not given:
             raise UsageError(
                 "CheckpointManager was given nothing to save", hint="model=model, optimizer=optimizer, ..."
@@ -392,12 +392,3 @@ class CheckpointManager:
 
 
 _COUNT = "for step in range(ckpt.restore(), total): train(); ckpt.step(step + 1)"
-
-
-def _one_process() -> None:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise NotSupported(
-            f"CheckpointManager can't save {distributed.get_world_size()} processes yet",
-            hint="train in one process; torch.distributed.checkpoint saves several, `lastgood import` reads it",
-        )

@@ -313,3 +313,13 @@ def trains_what_is_saved(parts: Sequence[Part]) -> None:
                     f"{item.name} trains {lost} parameters that belong to none of the parts, so they wouldn't be saved",
                     hint="hand over every model that is trained: CheckpointManager(..., model=model, head=head)",
                 )
+
+
+def one_process() -> None:
+    """Raise NotSupported for several."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise NotSupported(
+            f"CheckpointManager can't save {distributed.get_world_size()} processes yet",
+            hint="train in one process; torch.distributed.checkpoint saves several, `lastgood import` reads it",
+        )
