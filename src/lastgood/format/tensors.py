@@ -10,7 +10,7 @@ import io
 import json
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,11 +78,18 @@ class Header(NamedTuple):
     metadata: dict[str, str]
 
 
+def place(tensor: Tensor) -> tuple[int, str]:
+    """What the tensors of a file are sorted by. Wide dtypes come first, so that every tensor is aligned."""
+    return -_width(tensor), tensor.name
+
+
 def encode(
-    tensors: Iterable[Tensor], metadata: Mapping[str, str] | None = None
+    tensors: Iterable[Tensor],
+    metadata: Mapping[str, str] | None = None,
+    ready: Callable[[str], object] | None = None,
 ) -> tuple[int, Iterator[bytes | memoryview]]:
-    """(bytes in total, the chunks of the file). Wide dtypes come first, so that every tensor is aligned."""
-    ordered = sorted(tensors, key=lambda tensor: (-_width(tensor), tensor.name))
+    """(bytes in total, the chunks of the file). ready: called with the name of a tensor before its bytes are read."""
+    ordered = sorted(tensors, key=place)
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for tensor in ordered:
@@ -99,6 +106,8 @@ def encode(
     def chunks() -> Iterator[bytes | memoryview]:
         yield struct.pack("<Q", len(text)) + text
         for tensor in ordered:
+            if ready is not None:
+                ready(tensor.name)
             yield tensor.data
 
     return 8 + len(text) + offset, chunks()

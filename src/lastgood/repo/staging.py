@@ -53,10 +53,15 @@ class Staging:
         part: str,
         tensors: Iterable[safetensors.Tensor],
         metadata: Mapping[str, str] | None = None,
+        *,
+        ready: Callable[[str], object] | None = None,
     ) -> tuple[safetensors.Tensor, ...]:
-        """Write a safetensors file; returns what is in it. Raises SaveFailed or NotEnoughSpace."""
+        """Write a safetensors file; returns what is in it. Raises SaveFailed or NotEnoughSpace.
+
+        ready: returns as soon as the bytes of the tensor of that name are there.
+        """
         entries = tuple(tensors)
-        size, chunks = safetensors.encode(entries, metadata)
+        size, chunks = safetensors.encode(entries, metadata, ready)
         self._write(name, part, lambda path: local.write(path, chunks, size=size, sync=False))
         return entries
 

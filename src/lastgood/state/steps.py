@@ -17,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lastgood.behind import Behind
 from lastgood.repo.draft import Eager, Window
+from lastgood.state.flying import aboard
 from lastgood.state.lazy import Lazy, Pace, Place, place
 from lastgood.state.optimizer import plain
 
@@ -66,7 +67,8 @@ class Steps:
         found = [plain(optimizer) for optimizer in self.optimizers()]
         safe = bool(found) and all(id(optimizer) in self._seen and not _swaps(optimizer) for optimizer in found)
         self._seen.clear()
-        self._window = Lazy(*_places(found, self.pace.small), pace=self.pace) if safe else Eager()
+        window: Window = Lazy(*_places(found, self.pace.small), pace=self.pace) if safe else Eager()
+        self._window = window if self.run.pin is None else aboard(window, found if safe else ())
         return self._window
 
 
