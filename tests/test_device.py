@@ -16,8 +16,9 @@ import torch
 import lastgood
 from lastgood.format import tensors as safetensors
 from lastgood.state import device as copies
-from lastgood.state.flying import SMALL
-from lastgood.state.tensors import from_bytes
+from lastgood.state.flying import SMALL, at_once
+from lastgood.state.tensors import Named, from_bytes
+from lastgood.store.memory import Arena
 
 BUILT = os.environ.get("LASTGOOD_SIMULATED", "")
 
@@ -308,6 +309,39 @@ def test_a_save_that_fails_half_way_leaves_the_next_one_whole(kind: Any, tmp_pat
     ckpt.settle()
     same(tmp_path, 2, wanted)
     ckpt.close()
+
+
+def test_a_copy_comes_behind_what_training_has_enqueued(kind: Any, tmp_path: Path) -> None:
+    model = torch.nn.Linear(WIDTH, WIDTH, bias=False).to(kind.name)
+    with lastgood.CheckpointManager(tmp_path, model=model, trail=False, guard="off") as ckpt:
+        ckpt.restore()
+        ckpt.step(1)
+        other, held = torch.Stream(device=torch.device(kind.name, 0)), torch.zeros(WIDTH, WIDTH).to(kind.name)
+        target = torch.empty(WIDTH, WIDTH, pin_memory=True)
+        wanted = torch.full((WIDTH, WIDTH), 3.0).to(kind.name)
+        kind.hold()
+        with copies._on(other):
+            target.copy_(held, non_blocking=True)
+        event = torch.Event(device=torch.device(kind.name, 0))
+        event.record(other)
+        torch.accelerator.current_stream().wait_event(event)
+        with torch.no_grad():
+            model.weight.copy_(wanted, non_blocking=True)  # waits for the other stream, on the accelerator
+        threading.Timer(0.2, kind.release).start()
+        ckpt.step(2)
+        ckpt.save()
+    same(tmp_path, 2, {"weight": wanted.cpu()})
+
+
+def test_memory_is_handed_out_again_only_when_no_copy_is_under_way_into_it(kind: Any) -> None:
+    arena, weight = Arena(pin=copies.pinned), torch.ones(WIDTH, WIDTH).to(kind.name)
+    kind.hold()
+    at_once().stage(Named({"weight": weight}), arena)  # and then something went wrong: nobody waits for it
+    threading.Timer(0.2, kind.release).start()
+    arena.reset()
+    kept = arena.keep(memoryview(bytes([7]) * weight.nbytes))
+    torch.accelerator.synchronize()
+    assert bytes(kept) == bytes([7]) * weight.nbytes
 
 
 def test_a_model_on_two_devices(kind: Any, tmp_path: Path) -> None:
