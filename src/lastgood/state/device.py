@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lastgood.errors import SaveFailed
+from lastgood.talk import warn
 
 TOGETHER = 64 << 20
 """Bytes (64 MiB) that are copied before the next event: the writer begins with what is there so far."""
@@ -26,13 +27,15 @@ Pair = tuple[torch.Tensor, memoryview]
 
 
 def pinned(count: int) -> memoryview | None:
-    """So many bytes that an accelerator writes to by itself; None where the system gives none.
+    """So many bytes that an accelerator writes to by itself; None where the system gives none, which is said.
 
     torch's allocator may round up to a power of two.
     """
     try:
         memory = torch.empty(count, dtype=torch.uint8, pin_memory=True)
-    except (RuntimeError, MemoryError):  # none left, a limit of the system, or an accelerator that has no such memory
+    except (RuntimeError, MemoryError) as error:  # none left, a limit of the system, or no such memory at all
+        why = str(error).partition("\n")[0]
+        warn(f"no memory could be pinned ({why}): training waits for the copies of a save, which are as good as any")
         return None
     return memoryview(memory.numpy().data).cast("B")
 
@@ -86,11 +89,10 @@ class Mark:
         """What is enqueued on the current stream from now on runs behind its copies."""
         if self.landed:
             return
-        stream = torch.accelerator.current_stream(self.device)
-        if _captured(stream):  # nothing of what runs now can be waited for in a graph; the host does it, once
+        if captured():  # nothing of what runs now can be waited for in a graph; the host does it, once
             self.wait()
         else:
-            stream.wait_event(self.event)
+            torch.accelerator.current_stream(self.device).wait_event(self.event)
 
     def check(self) -> None:
         """Wait. Raises SaveFailed if its copies came to nothing."""
@@ -183,6 +185,6 @@ def _on(stream: torch.Stream) -> Iterator[None]:
         torch.accelerator.set_stream(here)
 
 
-def _captured(stream: torch.Stream) -> bool:
-    """Whether what is enqueued becomes part of a graph instead of running."""
-    return stream.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def captured() -> bool:
+    """Whether what is enqueued now becomes part of a CUDA graph instead of running."""
+    return torch.cuda.is_available() and bool(torch.cuda.is_current_stream_capturing())
