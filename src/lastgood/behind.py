@@ -19,7 +19,7 @@ from lastgood.repo.lock import RunLock
 from lastgood.repo.read import records
 from lastgood.store import direct, local
 from lastgood.store.dissolve import dissolve
-from lastgood.store.memory import Arena, Short
+from lastgood.store.memory import Arena, Pin, Short
 from lastgood.talk import say, warn
 from lastgood.units import size
 from lastgood.writer import Writer
@@ -61,6 +61,7 @@ class Save:
 class Behind(Holding):
     """background: None for a run whose saves are written before training goes on.
 
+    at_once: as stages, of saves before which nothing may change. pin: where memory for copies comes from, see Arena.
     stages: makes the Window of each save. owed: why a save is due at the end of the next step, "" if none is.
     saved: what this process saved, by step; one that is under way is in it already, without its files. took: seconds
     from the beginning of the last save until it was committed.
@@ -68,6 +69,8 @@ class Behind(Holding):
 
     background: Background | None = field(default=None, kw_only=True)
     stages: Callable[[], Window] = field(default=Eager, kw_only=True)
+    at_once: Callable[[], Window] = field(default=Eager, kw_only=True)
+    pin: Pin | None = field(default=None, kw_only=True)
     owed: str = field(default="", init=False)
     saved: dict[int, Record] = field(default_factory=dict, kw_only=True)
     took: float = field(default=0.0, init=False)
@@ -82,7 +85,7 @@ class Behind(Holding):
 
     def open(self, *, takeover: bool = False) -> None:
         """Become the only writer, with a thread of this process; see `Holding.open`."""
-        self._writer, self._arena = Writer(), Arena()
+        self._writer, self._arena = Writer(), Arena(pin=self.pin)
         self._hurry = self._awaited = self._warm = False
         Holding.open(self, takeover=takeover)
 
@@ -186,7 +189,7 @@ class Behind(Holding):
 
     def _spoilt(self, step: int, error: Changed) -> None:
         """The copy of a save was spoilt: from now on training waits for each copy, and the next step is saved."""
-        self.stages, self.owed = Eager, f"the copy of step {step} was spoilt"
+        self.stages, self.owed = self.at_once, f"the copy of step {step} was spoilt"
         journal.append(self.door, "failed", step=step, error=str(error))
         warn(
             f"step {step} was not saved: {error}. The next step is, and from now on training waits for the copies"

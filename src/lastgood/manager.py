@@ -208,6 +208,7 @@ class Manager(Behind):
                 made.window.fill()
                 staging = made.opened()
                 made.write(staging)
+                staging.flush()  # what is still on its way from a device is written as it comes
                 made.window.prove()
                 save.waited = made.window.waited
                 if self._lock is not save.lock:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -109,9 +109,14 @@ def header_bytes(header: Mapping[str, object]) -> bytes:
 
 
 def encode(
-    tensors: Iterable[Tensor], metadata: Mapping[str, str] | None = None
+    tensors: Iterable[Tensor],
+    metadata: Mapping[str, str] | None = None,
+    ready: Callable[[str], object] | None = None,
 ) -> tuple[int, Iterator[bytes | memoryview]]:
-    """(bytes in total, the chunks of the file: its header, then each tensor, in the order of `ordered`)."""
+    """(bytes in total, the chunks of the file: its header, then each tensor, in the order of `ordered`).
+
+    ready: called with the name of a tensor before its bytes are read.
+    """
     every = ordered(tensors)
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
@@ -124,10 +129,18 @@ def encode(
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": (offset, offset + count)}
         offset += count
     start = header_bytes(header)
-    return len(start) + offset, _gathered([start, *(tensor.data for tensor in every)])
+
+    def pieces() -> Iterator[bytes | memoryview]:
+        yield start
+        for tensor in every:
+            if ready is not None:
+                ready(tensor.name)
+            yield tensor.data
+
+    return len(start) + offset, _gathered(pieces())
 
 
-def _gathered(chunks: Sequence[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+def _gathered(chunks: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
     """The same bytes, small ones in blocks: a call to the system for each of thousands of tensors is too much."""
     small: list[bytes | memoryview] = []
     count = 0

@@ -34,6 +34,10 @@ class Source(Protocol):
         that trains, and behind `Window.fill`."""
         ...
 
+    def ready(self, name: str) -> None:
+        """Wait until what is to be written of the tensor of that name is there. Raises SaveFailed if it won't be."""
+        ...
+
 
 class Window(Protocol):
     """The copying of one save. It is open from `begin` until nothing of the live state is needed any more.
@@ -74,6 +78,9 @@ class Copied:
     def tensors(self) -> Iterable[safetensors.Tensor]:
         return self.entries
 
+    def ready(self, name: str) -> None:
+        return
+
 
 class Eager:
     """A window that never opens: everything is copied when it is staged."""
@@ -112,13 +119,15 @@ class Draft(Staging):
         metadata: Mapping[str, str] | None = None,
         *,
         told: dict[str, str] | None = None,
+        ready: Callable[[str], object] | None = None,
     ) -> None:
         """Copy them, at once or in the window. Raises Short where memory is, UsageError for what no file can hold."""
+        assert ready is None, "the window knows what is ready"
         started = time.perf_counter()
         source = self.window.stage(tensors, self.arena)
         safetensors.encode(source.entries, metadata)  # what is wrong with them is told by the call that is at fault
         self._spent("copy", started)
-        self._will(part, lambda out: out.tensors(name, part, source.tensors(), metadata, told=told))
+        self._will(part, lambda out: out.tensors(name, part, source.tensors(), metadata, told=told, ready=source.ready))
 
     def data(self, name: str, part: str, content: Content) -> None:
         """Remember it; a function is called by whoever writes, and may look at nothing but what was copied."""

@@ -69,13 +69,15 @@ class Staging:
         metadata: Mapping[str, str] | None = None,
         *,
         told: dict[str, str] | None = None,
+        ready: Callable[[str], object] | None = None,
     ) -> None:
-        """A safetensors file. told: gets name -> digest of what is in it, hashed as it is written.
+        """A safetensors file. told: gets name -> digest of what is in it, hashed as it is written. ready: returns as
+        soon as the bytes of the tensor of that name are there.
 
         Raises SaveFailed, and UsageError for what no file can hold.
         """
         entries = safetensors.ordered(tensors)
-        size, chunks = safetensors.encode(entries, metadata)
+        size, chunks = safetensors.encode(entries, metadata, ready)
 
         def write(path: Path) -> FileEntry:
             sizes = [len(entry.data) for entry in entries]

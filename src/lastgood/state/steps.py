@@ -17,6 +17,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lastgood.behind import Behind
 from lastgood.repo.draft import Eager, Window
+from lastgood.state.device import captured
+from lastgood.state.flying import aboard
 from lastgood.state.lazy import Lazy, Pace, Place, place
 from lastgood.state.optimizer import plain
 
@@ -33,6 +35,7 @@ class Steps:
     pace: Pace = field(default_factory=Pace)
     _window: Window = field(default_factory=Eager)
     _seen: set[int] = field(default_factory=set)  # by id: somebody's own optimizer may have no hash
+    _graphs: set[int] = field(default_factory=set)  # those whose steps are replayed without a hook
 
     @contextmanager
     def heard(self) -> Iterator[None]:
@@ -59,6 +62,8 @@ class Steps:
         """An optimizer is about to change what it trains."""
         self._window.finish()
         self._seen.add(id(optimizer))
+        if self.run.pin is not None and captured():
+            self._graphs.add(id(optimizer))
 
     def window(self) -> Window:
         """For the next save: one that copies later if every optimizer is known to come by here before it changes
@@ -66,7 +71,9 @@ class Steps:
         found = [plain(optimizer) for optimizer in self.optimizers()]
         safe = bool(found) and all(id(optimizer) in self._seen and not _swaps(optimizer) for optimizer in found)
         self._seen.clear()
-        self._window = Lazy(*_places(found, self.pace.small), pace=self.pace) if safe else Eager()
+        window: Window = Lazy(*_places(found, self.pace.small), pace=self.pace) if safe else Eager()
+        known = [optimizer for optimizer in found if safe and id(optimizer) not in self._graphs]
+        self._window = window if self.run.pin is None else aboard(window, known)
         return self._window
 
 

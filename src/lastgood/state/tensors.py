@@ -25,7 +25,15 @@ def to_bytes(name: str, tensor: torch.Tensor) -> Tensor:
 
     Raises NotSupported, with the tensor's name, for what could not be read back bit-identically.
     """
-    plain = tensor.detach()
+    plain, code = tensor.detach(), code_of(name, tensor)
+    if not (plain.is_cpu and plain.is_contiguous()) or plain.is_conj() or plain.is_neg():  # rare: each call costs a bit
+        plain = plain.resolve_conj().resolve_neg().cpu().contiguous()
+    data = plain.reshape(-1).view(torch.uint8).numpy().data
+    return Tensor(name=name, dtype=code, shape=tuple(plain.shape), data=data)
+
+
+def code_of(name: str, plain: torch.Tensor) -> str:
+    """The word for its dtype in a file. Raises NotSupported, as `to_bytes` does."""
     code = CODE_OF.get(plain.dtype)
     if code is None or plain.layout is not torch.strided or plain.is_quantized:
         kind = f"dtype {plain.dtype}, layout {plain.layout}"
@@ -35,10 +43,7 @@ def to_bytes(name: str, tensor: torch.Tensor) -> Tensor:
         )
     if plain.is_meta:
         raise NotSupported(f"tensor {name!r} has no data (meta device)", hint="materialise the model before saving")
-    if not (plain.is_cpu and plain.is_contiguous()) or plain.is_conj() or plain.is_neg():  # rare: each call costs a bit
-        plain = plain.resolve_conj().resolve_neg().cpu().contiguous()
-    data = plain.reshape(-1).view(torch.uint8).numpy().data
-    return Tensor(name=name, dtype=code, shape=tuple(plain.shape), data=data)
+    return code
 
 
 def from_bytes(entry: Tensor) -> torch.Tensor:

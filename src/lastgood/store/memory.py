@@ -24,20 +24,27 @@ class Short(Exception):
 
 @dataclass(slots=True)
 class _Block:
-    memory: mmap.mmap
+    memory: mmap.mmap | memoryview
     used: int = 0
+
+
+Pin = Callable[[int], "memoryview | None"]
+"""Gives so many bytes of memory of a better kind; None where there is none to be had."""
 
 
 @dataclass(slots=True)
 class Arena:
     """budget: bytes that it may hold; None: three quarters of what is free when it grows.
 
-    used: bytes handed out since `reset`. Not for several threads at once.
+    used: bytes handed out since `reset`. pin: where its blocks come from, as long as it gives any; it is asked for
+    powers of two alone, which is what such memory is rounded up to. Not for several threads at once.
     """
 
     budget: int | None = None
     used: int = 0
+    pin: Pin | None = None
     _blocks: list[_Block] = field(default_factory=list)
+    _under_way: list[Callable[[], object]] = field(default_factory=list)
 
     @property
     def held(self) -> int:
@@ -51,7 +58,12 @@ class Arena:
         """
         missing = count - self.held
         if missing > 0:
-            self._grow(missing, until)
+            for size in (missing,) if self.pin is None else powers(missing):
+                self._grow(size, until)
+
+    def landing(self, landed: Callable[[], object]) -> None:
+        """Somebody else is still writing to what was taken: nothing is handed out anew before `landed` returns."""
+        self._under_way.append(landed)
 
     def take(self, count: int) -> memoryview:
         """So many bytes, writable, until the next `reset`. Raises Short."""
@@ -70,13 +82,19 @@ class Arena:
 
     def reset(self) -> None:
         """All that was handed out may be handed out again."""
+        self._landed()
         self.used = 0
         for block in self._blocks:
             block.used = 0
 
     def release(self) -> None:
         """Give everything back to the system, as soon as nobody looks at it any more."""
+        self._landed()
         self.used, self._blocks = 0, []
+
+    def _landed(self) -> None:
+        while self._under_way:
+            self._under_way.pop()()
 
     def _grow(self, count: int, until: Callable[[], object] = bool) -> _Block:
         least, room = -(-count // mmap.PAGESIZE) * mmap.PAGESIZE, self._room()
@@ -88,14 +106,18 @@ class Arena:
             size = max(least, int(room) // mmap.PAGESIZE * mmap.PAGESIZE)
         if room is not None and size > room:
             raise Short
-        try:
-            memory = mmap.mmap(-1, size, **_PRIVATE)
-        except (OSError, ValueError, OverflowError, MemoryError):
-            raise Short from None
-        _fault_in(memory, until)
-        block = _Block(memory)
+        block = _Block(self._pinned(least, room) or _mapped(size, until))
         self._blocks.append(block)
         return block
+
+    def _pinned(self, least: int, room: float | None) -> memoryview | None:
+        size = max(BLOCK, 1 << (least - 1).bit_length())
+        if self.pin is None or (room is not None and size > room):
+            return None
+        memory = self.pin(size)
+        if memory is None:  # it isn't asked again: each refusal may take its time
+            self.pin = None
+        return memory
 
     def _room(self) -> float | None:
         """Bytes that may still be taken; None: nobody knows."""
@@ -103,6 +125,26 @@ class Arena:
             return self.budget - self.held
         free = available()
         return None if free is None else free * 3 / 4
+
+
+def powers(count: int) -> tuple[int, ...]:
+    """Powers of two, the largest first, that are `count` together, or up to an eighth more; none under BLOCK."""
+    found: list[int] = []
+    while count > 0:
+        last = len(found) == 3 or count <= BLOCK
+        found.append(max(BLOCK, 1 << ((count - 1).bit_length() if last else count.bit_length() - 1)))
+        count -= found[-1]
+    return tuple(found)
+
+
+def _mapped(size: int, until: Callable[[], object]) -> mmap.mmap:
+    """Raises Short."""
+    try:
+        memory = mmap.mmap(-1, size, **_PRIVATE)
+    except (OSError, ValueError, OverflowError, MemoryError):
+        raise Short from None
+    _fault_in(memory, until)
+    return memory
 
 
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}

@@ -23,7 +23,7 @@ from lastgood.integrations.lightning.shown import Shown
 from lastgood.integrations.lightning.target import path_of
 from lastgood.manager import Manager
 from lastgood.policy import Keep
-from lastgood.state import rng
+from lastgood.state import flying, rng
 from lastgood.talk import say, warn
 
 STATUS = 75
@@ -130,6 +130,7 @@ class Checkpointing(Shown):
                 root, keep, on_error=self.on_error, on_full=self.on_full, verify=self.verify,
                 background=chosen(self.background, accelerated=trainer.strategy.root_device.type != "cpu"),
             )  # fmt: skip
+            flying.boarding(manager, accelerated=trainer.strategy.root_device.type != "cpu")
             manager.space.leaving = lambda: trainer.received_sigterm
             manager.open()
             self._session = Session(manager, weights_only=self.save_weights_only, trainer=trainer)

@@ -29,12 +29,11 @@ from lastgood.occasions import Occasions
 from lastgood.redact import masked
 from lastgood.repo.held import Held
 from lastgood.report import Report
-from lastgood.state import facts, rng
+from lastgood.state import facts, flying, rng, steps
 from lastgood.state.finite import not_finite
 from lastgood.state.match import Match
 from lastgood.state.recorder import Recorder
 from lastgood.state.saved import Saved
-from lastgood.state.steps import Steps
 from lastgood.state.stream import Once
 from lastgood.talk import say, warn
 from lastgood.target import Fresh, resolve
@@ -76,7 +75,8 @@ class CheckpointManager:
             on_full=self.options.on_full, verify=self.options.verify,
             background=background.chosen(self.options.background, accelerated=accelerated(self.parts)),
         )  # fmt: skip
-        self._steps = Steps(self._run, lambda: [item.optimizer for item in self.parts if isinstance(item, Optimizer)])
+        flying.boarding(self._run, accelerated=accelerated(self.parts))
+        self._steps = steps.Steps(self._run, lambda: [p.optimizer for p in self.parts if isinstance(p, Optimizer)])
         self._run.space.leaving = lambda: self._occasions.stopping(self._boundary.step if self._boundary else 0)
         self._occasions = Occasions(self.options.triggers)
         self._guard = Guard(on=self.options.guard == "mark", not_finite=self._not_finite)

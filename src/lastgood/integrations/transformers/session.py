@@ -30,7 +30,7 @@ from lastgood.repo import after, journal
 from lastgood.repo.held import Held
 from lastgood.repo.staging import Staging
 from lastgood.report import Change, Report
-from lastgood.state import facts, rng
+from lastgood.state import facts, flying, rng
 from lastgood.state.data import Position, Tracker
 from lastgood.state.fingerprint import live_tensors
 from lastgood.state.finite import not_finite
@@ -105,6 +105,7 @@ class Session:
             verify=self.options.verify,
             background=chosen(self.options.background, accelerated=args.device.type != "cpu"),
         )
+        flying.boarding(self.manager, accelerated=args.device.type != "cpu")
         self.manager.space.leaving = lambda: self.occasions.stopping(self.trainer.state.global_step)
         self._reset()
         self.attach()
