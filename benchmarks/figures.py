@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -25,7 +26,8 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """What can't be written is found out before an hour of measuring, not behind it."""
+    """What can't be written is found out before an hour of measuring, not behind it; who is told to end cleans up."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     for file in (args.json, args.plot):
         if file is not None and not file.absolute().parent.is_dir():
             raise SystemExit(f"{file}: there is no such directory")
@@ -34,6 +36,16 @@ def check(args: argparse.Namespace) -> None:
             import matplotlib  # noqa: F401
         except ImportError:
             raise SystemExit(PLOT_HINT) from None
+
+
+def ended(pid: int) -> int:
+    """The status of a child; one that isn't waited for to its end is ended."""
+    try:
+        return os.waitpid(pid, 0)[1]
+    except BaseException:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise
 
 
 def machine() -> dict[str, Any]:

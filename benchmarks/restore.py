@@ -14,6 +14,7 @@ import functools
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -231,6 +232,7 @@ def apart(place: Path, act: Callable[[], Any]) -> Any:
     pid = os.fork()
     if pid == 0:
         try:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             silence = os.open(place / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(silence, 1)
             os.dup2(silence, 2)
@@ -240,7 +242,7 @@ def apart(place: Path, act: Callable[[], Any]) -> Any:
             traceback.print_exc()
         finally:
             os._exit(1)
-    if os.waitpid(pid, 0)[1]:
+    if figures.ended(pid):
         raise SystemExit(f"it failed:\n{(place / 'log').read_text()[-3000:]}")
     return json.loads(result.read_text())
 

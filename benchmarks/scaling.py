@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -102,6 +103,7 @@ def apart(act: Callable[[Path], dict[str, float]], place: Path) -> dict[str, flo
     pid = os.fork()
     if pid == 0:
         try:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             silence = os.open(place / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(silence, 1)
             os.dup2(silence, 2)
@@ -111,7 +113,7 @@ def apart(act: Callable[[Path], dict[str, float]], place: Path) -> dict[str, flo
             traceback.print_exc()
         finally:
             os._exit(1)
-    status = os.waitpid(pid, 0)[1]
+    status = figures.ended(pid)
     shutil.rmtree(inside)
     os.sync()
     if status:

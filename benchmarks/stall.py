@@ -84,25 +84,29 @@ def _processor() -> float:
 
 def apart(name: str, args: argparse.Namespace, place: Path) -> dict[str, Any]:
     """One run of one way. {"failed": why} where it can't be."""
-    out = place / "run"
-    out.mkdir()
+    out = Path(tempfile.mkdtemp(dir=place))
     command = [str(interpreter(name, args.install)), __file__, "--way", name, "--place", str(out)]
     for option in ("state", "every", "saves", "threads", "batch", "length", "warm"):
         command += [f"--{option}", str(getattr(args, option))]
     reading, writing = os.pipe()
+    # Told to end between a child's start and our knowing of it, we would leave it behind.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     with open(place / "log", "wb") as log:
         child = subprocess.Popen(
             [*command, "--report", str(writing)], pass_fds=[writing], stdout=log, stderr=log, start_new_session=True
         )
     os.close(writing)
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         lines, peak = _watched(child.pid, reading)
         _, status, usage = os.wait4(child.pid, 0)
     finally:
         os.close(reading)
         with suppress(ProcessLookupError):  # whatever it started belongs to its session
             os.killpg(child.pid, signal.SIGKILL)
-        shutil.rmtree(out)
+        with suppress(ChildProcessError):
+            os.waitpid(child.pid, 0)
+        shutil.rmtree(out, ignore_errors=True)
         os.sync()
     if len(lines) < 2 or status:
         said = (place / "log").read_text(errors="replace").strip().splitlines()
@@ -194,6 +198,7 @@ def main() -> None:
     if min(args.every, args.saves, args.repeat, args.threads) < 1:
         parser.error("--every, --saves, --repeat and --threads are at least 1")
     if args.way:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         with os.fdopen(args.report, "w") as out:
             train(args.way, args, args.place, out)
         return

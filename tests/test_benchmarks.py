@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
+import signal
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -53,6 +56,19 @@ def test_stall(tmp_path: Path) -> None:
             assert run["written"] >= run["bytes"]
             assert all(whole >= stall * 0.5 > 0 for whole, stall in zip(run["durable"], run["stalls"], strict=True))
     assert "| lastgood background |" in report.told(document)
+
+
+def test_a_benchmark_that_is_told_to_end_leaves_nothing_behind(tmp_path: Path) -> None:
+    words = ["--state", "tiny", "--repeat", "9", "--place", str(tmp_path)]
+    pid = forked.start(go, "stall", words, log=tmp_path / "log")
+    deadline = time.monotonic() + 120
+    while not (children := Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+        assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGTERM)
+    assert forked.wait(pid) == 143, (tmp_path / "log").read_text()
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
 
 
 def test_scaling(tmp_path: Path) -> None:
