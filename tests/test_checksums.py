@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given
@@ -20,6 +22,7 @@ from lastgood.format import digests
 from lastgood.format import manifest as codec
 from lastgood.format import tensors as safetensors
 from lastgood.model import FileEntry, Manifest
+from lastgood.repo.read import records
 from lastgood.state.tensors import ALIGNED, by_digest, digest, holds, named
 from lastgood.state.weights import prepare
 from lastgood.store import checksum, local
@@ -228,3 +231,25 @@ def test_frozen_tensors_of_an_old_checkpoint_are_left_alone() -> None:
         parameter.requires_grad_(False)
     expected = {name: digest(tensor, kind="blake3") for name, tensor in model.named_parameters()}
     assert prepare(model, expected, dict).counts == {"unchanged": 2, "copied": 0, "converted": 0}
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_listing_and_a_resume_agree_on_an_adopted_one_that_was_copied(version: int, tmp_path: Path) -> None:
+    """Copies have new times: whether a Trainer saved again is for the hash to say, which an outline leaves out."""
+    home = tmp_path / "checkpoint-2"
+    home.mkdir()
+    (home / "trainer_state.json").write_text(json.dumps({"global_step": 2, "log_history": []}))
+    (home / "config.json").write_text("{}")
+    (home / "model.safetensors").write_bytes(b"".join(safetensors.encode(named({"a": torch.ones(3)}))[1]))
+    assert cli.call("-C", tmp_path, "adopt", "--yes")[0] == 0
+    path = home / codec.NAME
+    if version == 1:  # as an older release adopted it
+        now = codec.decode(path.read_bytes(), "m")
+        files = {name: local.digest(home / name, "blake3") for name in now.files}
+        path.write_bytes(codec.encode(msgspec.structs.replace(now, format=1, files=files)))
+    state_of = home / "trainer_state.json"
+    for content, state in ((state_of.read_text(), "weights"), (state_of.read_text().replace("2", "3"), "stock")):
+        state_of.write_text(content)
+        os.utime(path, (1, 1))
+        states = [[record.state for record in records(tmp_path, outline=outline)] for outline in (False, True)]
+        assert states == [[state]] * 2

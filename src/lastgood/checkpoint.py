@@ -193,7 +193,7 @@ class Checkpoint:
         told = self._told("")
         stored = told["aliases"].get(name, name)
         models = [told, *told.get("modules", {}).values()]
-        known = [digest for model in models if (digest := model.get("tensors", {}).get(stored))]
+        known = [digest for model in models if isinstance(digest := model.get("tensors", {}).get(stored), str)]
         for file in sorted(self.files):
             if file.endswith(".safetensors") and stored in read_header(self.path / file).slots:
                 entry = self.files[file] if verify else None

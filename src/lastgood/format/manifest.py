@@ -73,6 +73,7 @@ class _Size(msgspec.Struct, frozen=True):
     xxh3: ClassVar[str] = ""
     blake3: ClassVar[str] = ""
     hash: ClassVar[str] = ""
+    kind: ClassVar[str] = "xxh3"
 
 
 class _Outline(msgspec.Struct, frozen=True, kw_only=True):

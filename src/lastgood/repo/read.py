@@ -182,8 +182,11 @@ def rewritten(directory: Path | str, manifest: Manifest) -> bool:
     if entry is None or not newer(directory, [LAST_WRITTEN]):
         return False
     try:
+        if not entry.hash:  # an outline has none
+            data = local.read(f"{os.fspath(directory)}/{codec.NAME}", codec.LIMIT)
+            entry = codec.decode(data, codec.NAME).files[LAST_WRITTEN]
         return local.digest(Path(directory, LAST_WRITTEN), entry.kind) != entry
-    except OSError:
+    except (OSError, CorruptCheckpoint):
         return False
 
 

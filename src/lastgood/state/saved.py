@@ -70,8 +70,8 @@ class Saved:
 
     def stored(self, name: str) -> list[Stored]:
         """Where the tensors of one file are and what they hold; none is in memory yet. Raises CorruptCheckpoint."""
-        found = self._as_saved(name, self.held.digests)
-        return [Stored(self.path / name, key, place.slot, place.digest) for key, place in found.items()]
+        found, path = self._as_saved(name, self.held.digests), self.path / name
+        return [Stored(path, key, place.slot, place.digest) for key, place in found.items()]
 
     def _as_saved(self, name: str, read: Callable[[Path, Kind], tuple[T, FileEntry]]) -> T:
         """What `read` makes of a file, whose size and hash come with it. Raises CorruptCheckpoint for other ones."""

@@ -13,7 +13,7 @@ from lastgood.format.digests import signature
 from lastgood.format.tensors import Slot, Tensor
 from lastgood.state.tensors import DTYPE_OF, from_bytes, window
 from lastgood.store import contents, local
-from lastgood.store.checksum import Sum, kind_of
+from lastgood.store.checksum import Each, kind_of
 
 TOGETHER = 8 << 20
 """Bytes that one thread reads before it takes more work (8 MiB): small tensors by the thousand, large ones alone."""
@@ -84,10 +84,10 @@ def _read(pairs: Sequence[tuple[torch.Tensor, Stored]]) -> list[str]:
     told = []
     with local.opened(pairs[0][1].path) as file:
         for live, stored in pairs:
-            view, at, whole = window(live), stored.slot.begin, Sum(kind_of(stored.digest))
-            for begin in range(0, len(view), local.BLOCK):
+            view, at, each = window(live), stored.slot.begin, Each(kind_of(stored.digest))
+            for begin in range(0, len(view) or 1, local.BLOCK):
                 block = view[begin : begin + local.BLOCK]
                 contents.fill(file.fileno(), block, at + begin)
-                whole.update(block)
-            told.append(f"{signature(stored.slot.dtype, stored.slot.shape)}:{whole.tensor()}")
+                each.add(block, last=begin + local.BLOCK >= len(view))
+            told.append(f"{signature(stored.slot.dtype, stored.slot.shape)}:{each.told[0]}")
     return told
