@@ -45,15 +45,16 @@ def test_the_hashes_are_those_of_their_specifications() -> None:
 @given(data=st.binary(max_size=300), cuts=st.lists(st.integers(0, 300), max_size=5), kind=st.sampled_from(KINDS))
 def test_pieces_have_the_hash_of_the_whole(data: bytes, cuts: list[int], kind: Kind) -> None:
     ends = [*sorted(cut for cut in cuts if cut <= len(data)), len(data)]
-    whole, each, at = Sum(kind), Each(kind), 0
+    whole, each, at = Sum(kind), Each([0, len(data), len(data), 0], kind), 0
     for end in ends:
         whole.update(memoryview(data)[at:end])
-        each.add(memoryview(data)[at:end], last=False)
+        each.update(memoryview(data)[at:end])
         at = end
-    each.add(memoryview(b""), last=True)
-    each.add(memoryview(data), last=True)
+    each.update(memoryview(data + b"behind the last"))
     assert whole.tensor() == checksum.of(memoryview(data), kind)
-    assert each.told == [whole.tensor()] * 2 and checksum.kind_of(whole.tensor()) == kind
+    nothing = checksum.of(memoryview(b""), kind)
+    assert each.told == [nothing, whole.tensor(), whole.tensor(), nothing]
+    assert checksum.kind_of(whole.tensor()) == kind
     assert whole.entry().kind == kind and whole.entry().size == len(data)
 
 
@@ -74,7 +75,8 @@ def test_a_file_tells_the_digest_of_each_of_its_tensors(
     state = {f"t{n}": torch.ones(shape, dtype=dtypes[n % 3]) * n for n, shape in enumerate(shapes)}
     path = tmp_path_factory.mktemp("one") / "file"
     size, chunks = safetensors.encode(named(state))
-    each = Each()
+    sizes = [len(entry.data) for entry in safetensors.ordered(named(state))]
+    each = Each([size - sum(sizes), *sizes])
     entry = local.write(path, chunks, size=size, each=each)
     told = digests.told(safetensors.ordered(named(state)), each.told[1:])
     assert told == {name: digest(tensor) for name, tensor in state.items()}

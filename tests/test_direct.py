@@ -114,7 +114,7 @@ def test_any_sequence_of_buffers_gives_the_same_bytes_and_hash(lengths: list[int
     root = data.draw(st.sampled_from([REAL, MEMORY] if MEMORY.exists() else [REAL]))
     with tempfile.TemporaryDirectory(dir=root) as folder:
         plain, past = Path(folder, "plain"), Path(folder, "past")
-        told = Each(), Each()
+        told = Each(lengths), Each(lengths)
         entry = written(past, chunks, each=told[0])
         assert entry == local.write(plain, chunks, each=told[1]) == local.digest(past)
         assert told[0].told == told[1].told == [checksum.of(memoryview(chunk)) for chunk in chunks]

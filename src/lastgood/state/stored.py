@@ -84,10 +84,11 @@ def _read(pairs: Sequence[tuple[torch.Tensor, Stored]]) -> list[str]:
     told = []
     with local.opened(pairs[0][1].path) as file:
         for live, stored in pairs:
-            view, at, each = window(live), stored.slot.begin, Each(kind_of(stored.digest))
-            for begin in range(0, len(view) or 1, local.BLOCK):
+            view, at = window(live), stored.slot.begin
+            each = Each([len(view)], kind_of(stored.digest))
+            for begin in range(0, len(view), local.BLOCK):
                 block = view[begin : begin + local.BLOCK]
                 contents.fill(file.fileno(), block, at + begin)
-                each.add(block, last=begin + local.BLOCK >= len(view))
+                each.update(block)
             told.append(f"{signature(stored.slot.dtype, stored.slot.shape)}:{each.told[0]}")
     return told
