@@ -89,15 +89,19 @@ def apart(name: str, args: argparse.Namespace, place: Path) -> dict[str, Any]:
     for option in ("state", "every", "saves", "threads", "batch", "length", "warm"):
         command += [f"--{option}", str(getattr(args, option))]
     reading, writing = os.pipe()
-    # Told to end between a child's start and our knowing of it, we would leave it behind.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    # Told to end between a child's start and our knowing of it, we would leave it behind. A mask would be this thread's
+    # alone, and the one that draws the progress would be told.
+    told: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
     with open(place / "log", "wb") as log:
         child = subprocess.Popen(
             [*command, "--report", str(writing)], pass_fds=[writing], stdout=log, stderr=log, start_new_session=True
         )
     os.close(writing)
     try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        signal.signal(signal.SIGTERM, before)
+        if told:
+            sys.exit(143)
         lines, peak = _watched(child.pid, reading)
         _, status, usage = os.wait4(child.pid, 0)
     finally:
@@ -198,7 +202,6 @@ def main() -> None:
     if min(args.every, args.saves, args.repeat, args.threads) < 1:
         parser.error("--every, --saves, --repeat and --threads are at least 1")
     if args.way:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         with os.fdopen(args.report, "w") as out:
             train(args.way, args, args.place, out)
         return
