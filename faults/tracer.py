@@ -104,6 +104,20 @@ class Trace:
     status: int = 0
 
 
+STAGED = re.compile(r"(open|openat|write|pwrite64|writev|fallocate|ftruncate|fsync|fdatasync) \.lastgood/tmp/")
+"""Calls on the files of a save that isn't committed yet: those are written side by side."""
+
+
+def aimed(hit: Call, meant: str) -> bool:
+    """Whether a call may be in the place of another one, in the same program run again.
+
+    What threads do side by side comes in any order, also to the first thread, which takes what is next; all else that
+    the first one does comes in one order.
+    """
+    both = STAGED.match(str(hit)) and STAGED.match(meant)
+    return bool(hit.thread or str(hit) == meant or "fsync" in meant or both)
+
+
 Look = Callable[[int, Call], bool]
 """(number of the call, from 1; the call, which waits meanwhile) -> whether to kill the process instead of it."""
 

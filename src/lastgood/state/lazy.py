@@ -24,11 +24,15 @@ from lastgood.state.proof import Bytes, Proof, Sampled, Whole, raw
 from lastgood.state.tensors import SMALL as SMALL_BLOCK
 from lastgood.state.tensors import Named, to_bytes
 from lastgood.store.memory import Arena
+from lastgood.store.together import together
 
 SMALL = 1 << 17
 """Bytes (128 KiB) below which a tensor is copied at once: to guard it takes longer."""
 PIECE = 1 << 20
 """Bytes (1 MiB) that are copied in one go: a step waits for no more than that of what another thread has begun."""
+
+NOTERS = 8
+"""Threads that note what the tensors are; as many as there are cores, if those are fewer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +72,15 @@ class Guarded:
     source: Bytes | None
     target: Bytes
     address: int
-    proof: Proof
+    weight: bool
     version: int | None
+    proof: Proof | None = None
     changed: bool = False
+
+    def note(self) -> None:
+        """What it is now, for the proof."""
+        assert self.source is not None, "before it is copied"
+        self.proof = Whole.of(self.source) if self.weight else Sampled.of(self.source)
 
     def copy(self, begin: int, end: int) -> None:
         """Some of its bytes. The interpreter is free meanwhile."""
@@ -87,7 +97,7 @@ class Guarded:
 
     def proven(self) -> bool:
         """Whether the copy is what the tensor was when it was staged."""
-        return not self.changed and self.proof.holds(self.target)
+        return not self.changed and self.proof is not None and self.proof.holds(self.target)
 
 
 @dataclass(slots=True, eq=False)
@@ -112,10 +122,14 @@ class Lazy:
         """Those that are in `weights` or `state` later, all others now. Raises Short, NotSupported."""
         if not isinstance(tensors, Named):
             return Copied(tuple(entry._replace(data=arena.keep(entry.data)) for entry in tensors))
-        small = tensors.small(min(SMALL_BLOCK, self.pace.small - 1))
-        return Copied(
-            tuple(small.get(name) or self._staged(name, tensor, arena) for name, tensor in tensors.tensors.items())
+        small, before = tensors.small(min(SMALL_BLOCK, self.pace.small - 1)), len(self._guarded)
+        entries = tuple(
+            small.get(name) or self._staged(name, tensor, arena) for name, tensor in tensors.tensors.items()
         )
+        # Training waits, so every core is free; the large ones first, for the last one alone keeps all waiting.
+        new = sorted(self._guarded[before:], key=lambda one: -len(one.target))
+        together([one.note for one in new], limit=min(NOTERS, os.cpu_count() or 1))
+        return Copied(entries)
 
     def _staged(self, name: str, tensor: torch.Tensor, arena: Arena) -> Tensor:
         entry, where = to_bytes(name, tensor), place(tensor, self.pace.small)
@@ -130,7 +144,7 @@ class Lazy:
         target = arena.take(where[1])
         one = Guarded(
             name=name, tensor=alias, source=source, target=raw(entry._replace(data=target)), address=where[0],
-            proof=Whole.of(source) if weight else Sampled.of(source), version=None if weight else alias._version,
+            weight=weight, version=None if weight else alias._version,
         )  # fmt: skip
         self._guarded.append(one)
         return entry._replace(data=target)
