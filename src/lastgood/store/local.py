@@ -159,18 +159,14 @@ def _sync_file(path: Path) -> None:
 
 def at_once(act: Callable[[S], T], items: Iterable[S], *, limit: int = 4) -> list[T]:
     """`act` of each, in their order, as many at the same time as the system is to be asked, and at most `limit`."""
-    workers, every = min(fs.system.workers, limit), list(items)
-    if workers == 1:
-        return [act(item) for item in every]
-    try:
-        from concurrent.futures import ThreadPoolExecutor  # what only looks starts faster without
+    every = list(items)
+    found: dict[int, T] = {}
 
-        pool = ThreadPoolExecutor(max_workers=workers)
-        under_way = [pool.submit(act, item) for item in every]
-    except RuntimeError:  # an interpreter that is ending starts no thread any more
-        return [act(item) for item in every]
-    with pool:
-        return [one.result() for one in under_way]
+    def one(number: int) -> None:
+        found[number] = act(every[number])
+
+    together([partial(one, number) for number in range(len(every))], limit=min(fs.system.workers, limit))
+    return [found[number] for number in range(len(every))]
 
 
 def sync_dir(path: Path) -> None:
