@@ -18,6 +18,7 @@ from lastgood import policy
 from lastgood.behind import SPENT, Behind, Failed, Save
 from lastgood.errors import LastgoodError, NoCheckpoint, NotEnoughSpace, NotSupported, RunLocked, SaveFailed
 from lastgood.finding import Check, find
+from lastgood.garbage import uncollected
 from lastgood.model import FORMAT, Head, Manifest, Record, Span, checkpoint_name, extend, next_seq
 from lastgood.policy import Keep
 from lastgood.recovery import Found
@@ -139,7 +140,8 @@ class Manager(Behind):
                     self._arena.budget = self.background.budget
                     staging = draft(staging, self._arena, self.stages())
                     self._arena.ready(estimate)
-                write(staging)
+                with uncollected():
+                    write(staging)
                 self._still_ours()
                 save.seq, self.next = self.next, self.next + 1
                 save.door, save.lock = self.door, self._lock

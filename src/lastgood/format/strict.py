@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from lastgood.garbage import uncollected
 
+
+@uncollected()
 def loads(data: bytes | str) -> Any:
     """Raises ValueError for text that isn't JSON, for a key that comes twice, and for NaN and infinity."""
     try:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from lastgood.errors import CorruptCheckpoint, UsageError
 from lastgood.format import strict
+from lastgood.garbage import uncollected
 from lastgood.store import local
 
 HEADER_LIMIT = 100 << 20
@@ -108,6 +109,7 @@ def header_bytes(header: Mapping[str, object]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
+@uncollected()
 def encode(
     tensors: Iterable[Tensor],
     metadata: Mapping[str, str] | None = None,

@@ -14,6 +14,7 @@ import torch
 
 from lastgood import background
 from lastgood.errors import LastgoodError, Preempted, UsageError
+from lastgood.garbage import uncollected
 from lastgood.guard import Guard
 from lastgood.integrations.torch import restoring, writing
 from lastgood.integrations.torch.boundary import MOST_STEPS, Boundary, counted
@@ -125,6 +126,7 @@ class CheckpointManager:
             raise
         return step
 
+    @uncollected()
     def _begin(self, start: Any, match: Match) -> int:
         target = resolve(self._run, start, option="start", stock_too=False)
         self._facts = {"front": "loop", **writing.facts(self.parts)}

@@ -11,6 +11,7 @@ import torch
 from transformers.trainer_callback import ExportableState
 
 from lastgood.errors import IncompleteRestore
+from lastgood.garbage import uncollected
 from lastgood.integrations.transformers import extras
 from lastgood.repo import after
 from lastgood.state import optimizer, rng, tree, weights
@@ -29,6 +30,7 @@ class Source(Saved):
 
     # ---- parts ---------------------------------------------------------------------------
 
+    @uncollected()
     def weights(self, model: torch.nn.Module) -> None:
         """Every parameter and buffer of `model`, proven by digest."""
         expected, unstored = self.digests["tensors"], self.digests.get("unstored", ())
@@ -54,6 +56,7 @@ class Source(Saved):
                 found[prefix + key] = tensor
         return found
 
+    @uncollected()
     def optimizer(self, trainer: Any) -> None:
         if self._has("optimizer"):
             own = self.given(optimizer.beginnings())
