@@ -89,11 +89,11 @@ class Behind(Holding):
         self._hurry = self._awaited = self._warm = False
         Holding.open(self, takeover=takeover)
 
-    def warm(self, estimate: Callable[[], int]) -> None:
+    def warm(self, estimate: Callable[[], int], also: Callable[[], object] = bool) -> None:
         """Have the memory ready that all saves use, while training goes on: the first one would wait for it.
 
         To be called behind the first step, when optimizers have their state, and as often as that is simpler.
-        estimate: gives the bytes of a save.
+        estimate: gives the bytes of a save. also: what else the first save would do once.
         """
         if self._warm or self._lock is None or not self._writer.mine:
             return
@@ -105,6 +105,7 @@ class Behind(Holding):
                 with suppress(Short):  # the save itself says so
                     self._arena.ready(count, until=lambda: self._awaited)
             direct.ready()
+            also()
 
         if count >= direct.LARGE:
             self._writer.submit(job)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -39,6 +41,16 @@ def converted(model: torch.nn.Module, saved: Mapping[str, torch.Tensor]) -> dict
         for name, tensor in _load(model, saved, mapping).items():
             result.setdefault(name, tensor)
     return result
+
+
+def tables() -> None:
+    """Have transformers make its tables of conversions, which takes a fifth of a second, and the first save needs them."""
+    if "transformers" not in sys.modules:
+        return
+    with suppress(Exception):  # it is only for speed
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+        get_checkpoint_conversion_mapping("")
 
 
 def _load(model: Any, saved: Mapping[str, torch.Tensor], mapping: list[Any]) -> dict[str, torch.Tensor]:

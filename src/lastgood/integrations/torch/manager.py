@@ -31,6 +31,7 @@ from lastgood.redact import masked
 from lastgood.repo.held import Held
 from lastgood.report import Report
 from lastgood.state import facts, flying, rng, steps
+from lastgood.state.conversions import tables
 from lastgood.state.finite import not_finite
 from lastgood.state.match import Match
 from lastgood.state.recorder import Recorder
@@ -207,7 +208,7 @@ class CheckpointManager:
         self._once.take()  # a loader that begins only now goes on under what the steps since the restore have left
         boundary = self._boundary = Boundary.here(step, self.parts)
         self._heed(step)
-        self._run.warm(lambda: sum(item.estimate() for item in self.parts))
+        self._run.warm(lambda: sum(item.estimate() for item in self.parts), tables)
         self._loss = loss
         if loss is not None:
             self._recorder.loss(loss if isinstance(loss, torch.Tensor) else torch.tensor(float(loss)))

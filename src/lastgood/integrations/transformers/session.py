@@ -31,6 +31,7 @@ from lastgood.repo.held import Held
 from lastgood.repo.staging import Staging
 from lastgood.report import Change, Report
 from lastgood.state import facts, flying, rng
+from lastgood.state.conversions import tables
 from lastgood.state.data import Position, Tracker
 from lastgood.state.fingerprint import live_tensors
 from lastgood.state.finite import not_finite
@@ -235,7 +236,7 @@ class Session:
         skipped = bool(trainer.accelerator.optimizer_step_was_skipped)
         self.recorder.step(trainer.state.global_step, batches, grad_norm=grad_norm, lr=lr, skipped=skipped)
         full = not trainer.args.save_only_model
-        self.live.warm(lambda: capture.estimate(trainer, live_tensors(trainer.model), full=full))
+        self.live.warm(lambda: capture.estimate(trainer, live_tensors(trainer.model), full=full), tables)
         if control.should_log or control.should_save:
             self.recorder.flush()
             self.guard.judge(self.live)
