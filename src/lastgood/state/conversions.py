@@ -44,7 +44,7 @@ def converted(model: torch.nn.Module, saved: Mapping[str, torch.Tensor]) -> dict
 
 
 def tables() -> None:
-    """Have transformers make its tables of conversions, which takes a fifth of a second, and the first save needs them."""
+    """Have transformers make its tables of conversions: a fifth of a second that the first save would take."""
     if "transformers" not in sys.modules:
         return
     with suppress(Exception):  # it is only for speed
