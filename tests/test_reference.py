@@ -169,12 +169,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def test_the_recorded_sessions_are_still_what_happens(made: Path) -> None:
-    for page in sessions.PAGES:
-        text = page.read_text()
-        assert len(sessions.BLOCK.findall(text)) >= 1, page.name
-        now = sessions.replay(text, made)
-        assert sessions.shape(now) == sessions.shape(text), f"{page.name}: ./scripts/record writes it anew"
+@pytest.mark.parametrize("page", sessions.PAGES, ids=lambda page: page.stem)
+def test_the_recorded_sessions_are_still_what_happens(page: Path, made: Path) -> None:
+    text = page.read_text()
+    assert len(sessions.BLOCK.findall(text)) >= 1, page.name
+    now = sessions.replay(text, made)
+    assert sessions.shape(now) == sessions.shape(text), f"{page.name}: ./scripts/record writes it anew"
 
 
 def test_shapes_leave_out_what_differs_from_run_to_run() -> None:
