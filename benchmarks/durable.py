@@ -23,9 +23,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from benchmarks import figures
 
@@ -144,7 +142,7 @@ def main() -> None:
         shutil.rmtree(place, ignore_errors=True)
     runs = {kind: [took._asdict() for took in some] for kind, some in found.items()}
     document = figures.write(args.json, "durable", size=args.size, runs=runs)
-    show(document)
+    figures.show(title(document), COLUMNS, rows(document), width=120)
     if args.plot:
         draw(document, args.plot)
 
@@ -180,15 +178,6 @@ def rows(document: dict[str, Any]) -> list[tuple[str, ...]]:
 def draw(document: dict[str, Any], file: Path) -> None:
     walls = {kind: [took["wall"] for took in some[1:]] for kind, some in document["runs"].items()}
     figures.bars(file, title(document), [("seconds until durable", walls, False)])
-
-
-def show(document: dict[str, Any]) -> None:
-    table = Table(title=title(document))
-    for column in COLUMNS:
-        table.add_column(column, justify="right" if column else "left")
-    for row in rows(document):
-        table.add_row(*row)
-    Console(width=120).print(table)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,13 @@ import shlex
 import signal
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+from rich.table import Table
 
 SCHEMA = 1
 PLOT_HINT = "a plot needs matplotlib: pip install 'lastgood[plot]'"
@@ -38,14 +42,42 @@ def check(args: argparse.Namespace) -> None:
             raise SystemExit(PLOT_HINT) from None
 
 
-def ended(pid: int) -> int:
-    """The status of a child; one that isn't waited for to its end is ended."""
+def apart(place: Path, act: Callable[[], Any]) -> Any:
+    """What `act` returns, in a process of its own. place: for what it says, and its result."""
+    result, log = place / "result.json", place / "log"
+    result.unlink(missing_ok=True)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            silence = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(silence, 1)
+            os.dup2(silence, 2)
+            result.write_text(json.dumps(act()))
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
     try:
-        return os.waitpid(pid, 0)[1]
-    except BaseException:
+        status = os.waitpid(pid, 0)[1]
+    except BaseException:  # told to end: it goes with us
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         raise
+    if status:
+        raise SystemExit(f"it failed:\n{log.read_text()[-3000:]}")
+    return json.loads(result.read_text())
+
+
+def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, width: int) -> None:
+    """A table, all but its first column to the right."""
+    table = Table(title=title)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=width).print(table)
 
 
 def machine() -> dict[str, Any]:

@@ -11,23 +11,18 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
 import shutil
-import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from benchmarks import figures
 
@@ -225,28 +220,6 @@ def _memory(key: str) -> float:
     return int(line.split()[1]) * 1024.0
 
 
-def apart(place: Path, act: Callable[[], Any]) -> Any:
-    """What `act` returns, in a process of its own."""
-    result = place / "result.json"
-    result.unlink(missing_ok=True)
-    pid = os.fork()
-    if pid == 0:
-        try:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            silence = os.open(place / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(silence, 1)
-            os.dup2(silence, 2)
-            result.write_text(json.dumps(act()))
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(1)
-    if figures.ended(pid):
-        raise SystemExit(f"it failed:\n{(place / 'log').read_text()[-3000:]}")
-    return json.loads(result.read_text())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="125M")
@@ -269,16 +242,16 @@ def main() -> None:
     ways = [way for way in WAYS if way == "read" or way in args.only]
     found: dict[tuple[str, bool], list[dict[str, float]]] = {(way, cold): [] for way in ways for cold in (True, False)}
     try:
-        apart(place, lambda: write(args.size, place))
+        figures.apart(place, lambda: write(args.size, place))
         state = sum(file.stat().st_size for file in (place / "loop" / "checkpoint-1").glob("*.safetensors"))
         for _ in track(range(args.repeat), "interleaved runs"):
             for (way, cold), runs in found.items():
-                runs.append(apart(place, functools.partial(measure, way, args.size, place, cold)))
+                runs.append(figures.apart(place, functools.partial(measure, way, args.size, place, cold)))
     finally:
         shutil.rmtree(place, ignore_errors=True)
     runs = {way: {"cold": found[way, True], "warm": found[way, False]} for way in ways}
     document = figures.write(args.json, "restore", size=args.size, bytes=state, runs=runs)
-    show(document)
+    figures.show(title(document), COLUMNS, rows(document), width=130)
     if args.plot:
         draw(document, args.plot)
 
@@ -310,15 +283,6 @@ def draw(document: dict[str, Any], file: Path) -> None:
     runs = document["runs"]
     panels = [(f"{how}, s", {way: [r["seconds"] for r in runs[way][how]] for way in runs}, False) for how in HOW]
     figures.bars(file, title(document), panels)
-
-
-def show(document: dict[str, Any]) -> None:
-    table = Table(title=title(document))
-    for column in COLUMNS:
-        table.add_column(column, justify="right" if column else "left")
-    for row in rows(document):
-        table.add_row(*row)
-    Console(width=130).print(table)
 
 
 if __name__ == "__main__":

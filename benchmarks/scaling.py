@@ -10,15 +10,12 @@ axes: 1 is linear, less is a fixed cost that is shared out; more than that would
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import shutil
-import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -26,9 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from benchmarks import figures
 
@@ -98,27 +93,13 @@ def _timed(act: Callable[[], Any]) -> float:
 
 def apart(act: Callable[[Path], dict[str, float]], place: Path) -> dict[str, float]:
     """What `act` returns, in a process of its own, on an empty directory."""
-    inside, result = place / "run", place / "result.json"
+    inside = place / "run"
     inside.mkdir()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            silence = os.open(place / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(silence, 1)
-            os.dup2(silence, 2)
-            result.write_text(json.dumps(act(inside)))
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(1)
-    status = figures.ended(pid)
-    shutil.rmtree(inside)
-    os.sync()
-    if status:
-        raise SystemExit(f"it failed:\n{(place / 'log').read_text()[-3000:]}")
-    return json.loads(result.read_text())  # type: ignore[no-any-return]
+    try:
+        return figures.apart(place, lambda: act(inside))  # type: ignore[no-any-return]
+    finally:
+        shutil.rmtree(inside)
+        os.sync()
 
 
 def exponents(points: list[tuple[float, float]]) -> list[float]:
@@ -197,16 +178,11 @@ def draw(document: dict[str, Any], file: Path) -> None:
 
 
 def show(document: dict[str, Any]) -> None:
-    console = Console(width=150)
     for axis in ("bytes", "tensors"):
-        table = Table(title=f"by {axis}: seconds, and the exponent to the line above")
-        for column in (axis, *COSTS):
-            table.add_column(column, justify="right")
-        for row in rows(document, axis):
-            table.add_row(*row)
-        console.print(table)
+        told = f"by {axis}: seconds, and the exponent to the line above"
+        figures.show(told, (axis, *COSTS), rows(document, axis), width=150)
     for line in steep(document):
-        console.print(f"not linear: {line}", markup=False)
+        print(f"not linear: {line}")
 
 
 if __name__ == "__main__":

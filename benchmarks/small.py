@@ -13,6 +13,7 @@ import argparse
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -20,9 +21,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+
+from benchmarks.durable import by_safetensors, by_torch
 
 KINDS = ("lastgood", "safetensors + fsync", "torch.save + fsync")
 
@@ -42,33 +47,6 @@ def trained(count: int, width: int) -> tuple[Any, Any]:
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return model, optimizer
-
-
-def safe(path: Path) -> None:
-    """The file and its name."""
-    for place in (path, path.parent):
-        handle = os.open(place, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-
-
-def by_safetensors(model: Any, optimizer: Any, path: Path) -> None:
-    """The same tensors in one file, and made durable."""
-    from safetensors.torch import save_file
-
-    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    for name, parameter in model.named_parameters():
-        tensors |= {f"{name}.{key}": value for key, value in optimizer.state[parameter].items()}
-    save_file(tensors, path)
-    safe(path)
-
-
-def by_torch(model: Any, optimizer: Any, path: Path) -> None:
-    """As most loops do, and made durable."""
-    import torch
-
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
-    safe(path)
 
 
 def measured(act: Callable[[], Any], place: Path) -> float:

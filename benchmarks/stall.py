@@ -32,7 +32,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from benchmarks import figures
 from benchmarks.states import NAMES, made
@@ -291,12 +290,7 @@ def title(document: dict[str, Any]) -> str:
 
 
 def show(document: dict[str, Any]) -> None:
-    table = Table(title=title(document))
-    for column in COLUMNS:
-        table.add_column(column, justify="right" if column else "left")
-    for row in rows(document):
-        table.add_row(*row)
-    Console(width=170).print(table)
+    figures.show(title(document), COLUMNS, rows(document), width=170)
     for way, why in document["missing"].items():
         Console(width=170).print(f"not measured: {way}: {why}", markup=False, highlight=False)
 

@@ -20,7 +20,7 @@ import torch
 from lastgood.format.tensors import Tensor
 from lastgood.repo.draft import Changed, Copied, Source
 from lastgood.state.match import some
-from lastgood.state.proof import Bytes, Proof, Sampled, Whole, raw
+from lastgood.state.proof import Bytes, raw, sampled, whole
 from lastgood.state.tensors import SMALL as SMALL_BLOCK
 from lastgood.state.tensors import Named, to_bytes
 from lastgood.store.memory import Arena
@@ -74,13 +74,13 @@ class Guarded:
     address: int
     weight: bool
     version: int | None
-    proof: Proof | None = None
+    noted: bytes | None = None
     changed: bool = False
 
     def note(self) -> None:
         """What it is now, for the proof."""
         assert self.source is not None, "before it is copied"
-        self.proof = Whole.of(self.source) if self.weight else Sampled.of(self.source)
+        self.noted = self._look(self.source)
 
     def copy(self, begin: int, end: int) -> None:
         """Some of its bytes. The interpreter is free meanwhile."""
@@ -97,7 +97,10 @@ class Guarded:
 
     def proven(self) -> bool:
         """Whether the copy is what the tensor was when it was staged."""
-        return not self.changed and self.proof is not None and self.proof.holds(self.target)
+        return not self.changed and self.noted == self._look(self.target)
+
+    def _look(self, data: Bytes) -> bytes:
+        return whole(data) if self.weight else sampled(data)
 
 
 @dataclass(slots=True, eq=False)
