@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import lastgood
 from lastgood.background import Background
@@ -23,7 +24,7 @@ from lastgood.manager import Manager
 from lastgood.policy import Keep
 from lastgood.repo import journal
 from lastgood.repo.staging import Staging
-from lastgood.store import fs, memory
+from lastgood.store import direct, fs, memory
 
 import forked
 from faults.small import content, stage, steps
@@ -369,3 +370,17 @@ def test_wrong_options(value: Callable[[], Any], tmp_path: Path) -> None:
 
     with pytest.raises(UsageError, match="ackground"):
         make()
+
+
+def test_I3_memory_that_can_not_be_had_ahead_is_no_save_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is made ready for the first save is only for speed: nothing was to be saved yet."""
+    for name, value in {"BUFFER": 1 << 50, "LARGE": 1, "_idle": []}.items():
+        monkeypatch.setattr(direct, name, value)
+    model = torch.nn.Linear(8, 8)
+    with lastgood.CheckpointManager(tmp_path, model=model, background=False, save_steps=9, on_error="raise") as ckpt:
+        ckpt.restore()
+        ckpt.step(1)
+        ckpt.settle()
+        monkeypatch.undo()

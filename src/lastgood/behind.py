@@ -104,7 +104,8 @@ class Behind(Holding):
                 self._arena.budget = background.budget
                 with suppress(Short):  # the save itself says so
                     self._arena.ready(count, until=lambda: self._awaited)
-            direct.ready()
+            with suppress(OSError):  # so does this: a lack of memory here is no save that failed
+                direct.ready()
             also()
 
         if count >= direct.LARGE:
