@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -106,12 +107,18 @@ def llama() -> Any:
 
 
 def made(name: str, *, batch: int = 1, length: int = 64) -> State:
-    """A state by its name, behind one step, so that the optimizer has all it will ever have. batch, length: of the
-    made-up tokens of a step, which is how a step is made longer."""
+    """A state by its name, behind one step, so that the optimizer has all it will ever have.
+
+    name: of NAMES, or small-COUNTxELEMENTS for so many tensors of so many numbers. batch, length: of the made-up tokens
+    of a step, which is how a step is made longer. Raises ValueError for another name.
+    """
     torch.manual_seed(0)
+    if not re.fullmatch(r"small-\d+(x\d+)?", name) and name not in NAMES:
+        raise ValueError(f"no state {name!r}: {', '.join(NAMES)}, or small-COUNTxELEMENTS")
     model: Any
     if name.startswith("small-"):
-        model = Small(int(name.removeprefix("small-")))
+        count, _, elements = name.removeprefix("small-").partition("x")
+        model = Small(int(count), int(elements or 64))
         state = State(name, model, torch.optim.AdamW(model.parameters(), lr=1e-4), model)
         state.train()
         return state

@@ -80,8 +80,9 @@ def test_scaling(tmp_path: Path) -> None:
 
 def test_durable(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the plot of a benchmark needs matplotlib")
-    document = bench("durable", tmp_path, "--size", "1", "--repeat", "1", plot=True)
-    assert all(len(runs) == 2 for runs in document["runs"].values())
+    document = bench("durable", tmp_path, "--state", "tiny", "small-20", "--repeat", "1", plot=True)
+    assert list(document["runs"]) == ["tiny", "small-20"]
+    assert all(len(runs) == 2 for kinds in document["runs"].values() for runs in kinds.values())
     assert (tmp_path / "durable.svg").read_text().startswith("<?xml")
     assert "raw O_DIRECT" in report.told(document)
 

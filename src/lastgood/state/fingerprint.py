@@ -12,16 +12,19 @@ from typing import Any
 
 import torch
 
+from lastgood.state.members import members
 from lastgood.state.optimizer import clean
 from lastgood.state.tensors import digest
 
 
 def live_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Every parameter and buffer once, persistent or not; a tied tensor goes under its first name."""
-    tensors: dict[str, torch.Tensor] = {clean(name): parameter for name, parameter in model.named_parameters()}
-    for name, buffer in model.named_buffers():
-        tensors.setdefault(clean(name), buffer)
-    return {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
+    parameters, buffers = members(model)
+    tensors = {clean(name): parameter for name, parameter in parameters.items() if not parameter.is_meta}
+    for name, buffer in buffers.items():
+        if not buffer.is_meta:
+            tensors.setdefault(clean(name), buffer)
+    return tensors
 
 
 class Fingerprints:

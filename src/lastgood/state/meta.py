@@ -8,17 +8,17 @@ import torch
 
 from lastgood.errors import IncompleteRestore
 from lastgood.state.match import some
+from lastgood.state.members import members
 from lastgood.state.optimizer import clean
 
 
 def unfilled(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The parameters and buffers on the meta device, by name; {} for a model whose hooks keep the values elsewhere."""
-    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+    parameters, buffers = members(model)
+    found = {clean(name): tensor for name, tensor in {**parameters, **buffers}.items() if tensor.is_meta}
+    if found and any(hasattr(module, "_hf_hook") for module in model.modules()):
         return {}
-    tensors = dict(model.named_parameters())
-    for name, buffer in model.named_buffers():
-        tensors.setdefault(name, buffer)  # type: ignore[arg-type]
-    return {clean(name): tensor for name, tensor in tensors.items() if tensor.is_meta}
+    return found
 
 
 def give_memory(tensor: torch.Tensor) -> None:

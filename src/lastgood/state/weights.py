@@ -23,6 +23,7 @@ from lastgood.state.conversions import converted
 from lastgood.state.digests import Digests, Held, identity
 from lastgood.state.fingerprint import Fingerprints, live_tensors
 from lastgood.state.match import some
+from lastgood.state.members import members
 from lastgood.state.meta import all_filled, give_memory
 from lastgood.state.optimizer import clean
 from lastgood.state.stored import Stored, fill, open_to
@@ -284,7 +285,7 @@ def prepare(
 
 def computed(model: torch.nn.Module) -> set[str]:
     """Names of the buffers that aren't part of the model's state: made when it is built, as causal masks are."""
-    return {clean(name) for name, _ in model.named_buffers()} - {clean(name) for name in model.state_dict()}
+    return {clean(name) for name in members(model)[1]} - {clean(name) for name in model.state_dict()}
 
 
 def _same_names(live: set[str], saved: set[str]) -> None:

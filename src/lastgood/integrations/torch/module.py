@@ -13,6 +13,7 @@ from lastgood.errors import NotSupported, UsageError
 from lastgood.integrations.torch.exchange import Reading, Ready, Writing
 from lastgood.integrations.torch.stamp import Stamp
 from lastgood.state import tree, weights
+from lastgood.state.card import same_card
 from lastgood.state.digests import identity
 from lastgood.state.fingerprint import live_tensors
 from lastgood.state.match import Match
@@ -45,6 +46,7 @@ class Model:
     module: torch.nn.Module
     _coverage: Coverage = field(init=False)
     _tracked: tuple[torch.Tensor, ...] = ()
+    _card: dict[str, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.module = unwrapped(self.module)
@@ -118,7 +120,7 @@ class Model:
         `own`: names that only the model's state_dict has, neither parameters nor buffers."""
         if self._pretrained:
             place = out.staging.path if self.name == "model" else os.path.join(out.staging.path, self.name)
-            with taken_over(out.staging.path) as files:
+            with taken_over(out.staging.path) as files, same_card(self.module, self._card):
                 self.module.save_pretrained(place)  # type: ignore[operator]
             out.staging.adopt("model")
             tied = weights.aliases(self.module, files)

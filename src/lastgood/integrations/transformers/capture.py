@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from lastgood.format.digests import FORMAT
 from lastgood.integrations.transformers import extras
 from lastgood.repo.staging import Staging
 from lastgood.state import optimizer, rng, tree
+from lastgood.state.card import same_card
 from lastgood.state.data import Position
 from lastgood.state.rng import Rng
 from lastgood.state.tensors import named
@@ -54,7 +53,7 @@ def write(
 
     live: the model's tensors as they are now. card: the run's memory of its model card, empty before the first save.
     """
-    with taken_over(staging.path) as files, _same_card(trainer.model, card):
+    with taken_over(staging.path) as files, same_card(trainer.model, card):
         trainer.save_model(staging.path, _internal_call=True)
     digests, beside = coverage.extras(trainer.model, live, files)
     for file in files:
@@ -72,29 +71,6 @@ def write(
     if not trainer.args.save_only_model:
         _write_resume_state(trainer, staging, live, moment)
     staging.adopt("model")
-
-
-@contextmanager
-def _same_card(model: Any, card: dict[str, bytes]) -> Iterator[None]:
-    """PEFT compiles a template for the README of every save, half the time of saving an adapter: once is enough."""
-    original = getattr(model, "create_or_update_model_card", None)
-    if original is None:
-        yield
-        return
-
-    def create_or_update_model_card(output_dir: str) -> None:
-        path = Path(output_dir) / "README.md"
-        if "README.md" not in card:
-            original(output_dir)
-            card["README.md"] = path.read_bytes()
-        else:
-            path.write_bytes(card["README.md"])
-
-    model.__dict__["create_or_update_model_card"] = create_or_update_model_card
-    try:
-        yield
-    finally:
-        del model.__dict__["create_or_update_model_card"]
 
 
 def _write_resume_state(trainer: Any, staging: Staging, live: Mapping[str, torch.Tensor], moment: Moment) -> None:
