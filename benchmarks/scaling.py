@@ -39,9 +39,9 @@ SMALL = 64
 
 
 def sizes(most: float) -> list[int]:
-    """10 MB, 30 MB, 100 MB ... in bytes."""
+    """10 MB, 30 MB, 100 MB ... and the largest one, in bytes."""
     steps = [round(10 ** (7 + n / 2), -6) for n in range(20)]
-    return [int(size) for size in steps if size <= most * 1.001]
+    return [*(int(size) for size in steps if size < most * 0.75), int(most)]
 
 
 def counts(most: int) -> list[int]:
@@ -77,11 +77,16 @@ def measure(count: int, elements: int, place: Path) -> dict[str, float]:
                 times.append(_timed(ckpt.save))
                 ckpt.settle()
             found[cost] = figures.middle(times[1:])
+        if background:  # the disk may not have room for all of it at the same time
+            shutil.rmtree(root)
     back = lastgood.CheckpointManager(place / "save", model=model, optimizer=optimizer)
     found["restore"] = _timed(lambda: back.restore("last"))
     back.close()
-    way = TorchSaveSynced(State("small", model, optimizer, model), place)
-    found["torch.save + fsync"] = figures.middle([_timed(lambda n=n: way.save(n)) for n in range(SAVES)])  # type: ignore[misc]
+    way, times = TorchSaveSynced(State("small", model, optimizer, model), place), []
+    for number in range(SAVES):
+        times.append(_timed(lambda number=number: way.save(number)))  # type: ignore[misc]
+        way.path(number).unlink()
+    found["torch.save + fsync"] = figures.middle(times)
     return found
 
 
@@ -114,13 +119,15 @@ def curve(document: dict[str, Any], axis: str, cost: str) -> list[tuple[float, f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--most", type=float, default=1e9, help="bytes of the largest state (8e9: 20 GB of memory)")
+    parser.add_argument(
+        "--most", type=float, default=1e9, help="bytes of the largest state (8e9: 20 GB of memory, 25 of disk)"
+    )
     parser.add_argument("--tensors", type=int, default=100_000, help="tensors of the model with most of them")
     parser.add_argument("--repeat", type=int, default=3, help="rounds")
     figures.options(parser)
     args = parser.parse_args()
     figures.check(args)
-    if not sizes(args.most) or not counts(args.tensors) or args.repeat < 1:
+    if args.most < 1e7 or not counts(args.tensors) or args.repeat < 1:
         parser.error("--most is at least 1e7, --tensors at least 10, --repeat at least 1")
 
     import torch  # noqa: F401 (imported once, before the forks)
