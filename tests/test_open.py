@@ -105,6 +105,18 @@ def test_an_optimizer_is_no_state_dict_but_its_tensors_can_be_had(tmp_path: Path
         checkpoint.tensor("nothing")
 
 
+def test_some_tensors_by_a_pattern(tmp_path: Path) -> None:
+    checkpoint = commit(tmp_path, parts(model=TENSORS))
+    both = checkpoint.tensors("*.weight")
+    assert set(both) == {"wte.weight", "lm_head.weight"}, "a tied one under each of its names"
+    assert both["wte.weight"] is both["lm_head.weight"]
+    assert all(torch.equal(tensor, TENSORS["wte.weight"]) for tensor in both.values())
+    moments = checkpoint.tensors("state.wte.weight.*", verify=False)
+    assert all(torch.equal(tensor, checkpoint.tensor(name)) for name, tensor in moments.items()) and moments
+    with pytest.raises(UsageError, match=r"no tensor that matches 'h\.3\.\*'"):
+        checkpoint.tensors("h.3.*")
+
+
 def test_I5_not_one_tensor_of_a_damaged_file_is_handed_out(tmp_path: Path) -> None:
     checkpoint = commit(tmp_path, parts(model=TENSORS))
     for name in ("model.safetensors", "tensors.json"):

@@ -415,6 +415,11 @@ def test_one_tensor_is_read_alone_and_proven_by_its_own_digest(tmp_path: Path) -
         count = fs.system.bytes  # type: ignore[attr-defined]
     assert digest(found).startswith("F32[200, 200]:")
     assert told.end - told.begin <= count < 2 * (told.end - told.begin)
+    with fs.using(Counting()) as _:
+        layer = checkpoint.tensors("layers.1.*")
+        count = fs.system.bytes  # type: ignore[attr-defined]
+    assert same_bits(layer["layers.1.weight"], found) and all(name.startswith("layers.1.") for name in layer)
+    assert count < 3 * (told.end - told.begin), "the other layers aren't read"
     moment = checkpoint.tensor("state.layers.1.weight.exp_avg", verify=False)
     assert same_bits(moment, checkpoint.tensor("state.layers.1.weight.exp_avg"))
 

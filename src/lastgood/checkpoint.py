@@ -1,12 +1,13 @@
 """One checkpoint as a program uses it: what it is, where its files are, its tensors, and what others add to it.
 
-Only `load` and `tensor` need torch, which is imported when they are called.
+Only `load`, `tensor` and `tensors` need torch, which is imported when they are called.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -189,17 +190,31 @@ class Checkpoint:
         hash of the whole file, which is read through for it. verify=False reads its bytes and nothing else: nobody
         says then that they are what was saved. Raises UsageError where no file has it, otherwise as `load`.
         """
+        return self._chosen(name.__eq__, f"tensor {name!r}", verify, one=True)[name]
+
+    def tensors(self, pattern: str, *, verify: bool = True) -> dict[str, torch.Tensor]:
+        """Those whose names match, such as one layer's: "transformer.h.3.*". Otherwise as `tensor`."""
+        return self._chosen(lambda name: fnmatchcase(name, pattern), f"tensor that matches {pattern!r}", verify)
+
+    def _chosen(
+        self, wanted: Callable[[str], bool], what: str, verify: bool, *, one: bool = False
+    ) -> dict[str, torch.Tensor]:
         self._readable()
-        told = self._told("")
-        stored = told["aliases"].get(name, name)
-        models = [told, *told.get("modules", {}).values()]
-        known = [digest for model in models if isinstance(digest := model.get("tensors", {}).get(stored), str)]
-        for file in sorted(self.files):
-            if file.endswith(".safetensors") and stored in read_header(self.path / file).slots:
-                entry = self.files[file] if verify else None
-                found: torch.Tensor = self._loading().one(self.path / file, stored, entry, known)
-                return found
-        raise UsageError(f"{self.name} has no tensor {name!r}", hint="`lastgood show --tensors` lists them")
+        told, found = self._told(""), dict[str, "torch.Tensor"]()
+        proofs = [model.get("tensors", {}) for model in (told, *told.get("modules", {}).values())]
+        for file in sorted(name for name in self.files if name.endswith(".safetensors")):
+            slots = read_header(self.path / file).slots
+            pairs = [*zip(slots, slots, strict=True), *told["aliases"].items()]
+            names = {name: key for name, key in pairs if key in slots and name not in found and wanted(name)}
+            known = {key: [proof[key] for proof in proofs if isinstance(proof.get(key), str)] for key in names.values()}
+            if names:
+                read = self._loading().chosen(self.path / file, self.files[file] if verify else None, known)
+                found |= {name: read[key] for name, key in names.items()}
+            if found and one:
+                break
+        if not found:
+            raise UsageError(f"{self.name} has no {what}", hint="`lastgood show --tensors` lists them")
+        return found
 
     def _read(self, names: list[str], told: Mapping[str, Any], device: Any, dtype: Any) -> dict[str, torch.Tensor]:
         files = [(self.path / name, self.files[name]) for name in names]

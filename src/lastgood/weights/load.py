@@ -46,20 +46,22 @@ def load(
     return {name: tensor for name, tensor in found.items() if name not in rest} | extra
 
 
-def one(path: Path, name: str, entry: FileEntry | None, known: Collection[str] = ()) -> torch.Tensor:
-    """A tensor of a file, whose other bytes are read only if none of `known` is its digest. entry None: unproven.
+def chosen(path: Path, entry: FileEntry | None, known: Mapping[str, Collection[str]]) -> dict[str, torch.Tensor]:
+    """Some tensors of a file, whose other bytes are read only if one of these isn't proven by itself.
 
-    Raises CorruptCheckpoint for one that isn't what was saved.
+    entry: None: unproven. known: name -> digests, any of which proves it. Raises CorruptCheckpoint for one that isn't
+    what was saved.
     """
     try:
-        slot = read_header(path).slots[name]
-        found = Stored(path, name, slot, "").tensor()
-        if entry is None or any(holds(found, digest) for digest in known):
+        slots = read_header(path).slots
+        found = {name: Stored(path, name, slots[name], "").tensor() for name in known}
+        if entry is None:
             return found
-        whole, inside = digests(path, entry.kind)
+        open_ones = [name for name, tensor in found.items() if not any(holds(tensor, told) for told in known[name])]
+        whole, inside = digests(path, entry.kind) if open_ones else (entry, {})
     except OSError as error:
         raise CorruptCheckpoint(f"{path} can't be read: {error.strerror or error}") from error
-    if whole != entry or name not in inside or not holds(found, inside[name].digest):
+    if whole != entry or not all(name in inside and holds(found[name], inside[name].digest) for name in open_ones):
         raise _damaged(path)
     return found
 
