@@ -13,12 +13,13 @@ from lastgood.state.optimizer import clean
 
 def unfilled(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The parameters and buffers on the meta device, by name; {} for a model whose hooks keep the values elsewhere."""
-    if any(hasattr(module, "_hf_hook") for module in model.modules()):
-        return {}
-    tensors = dict(model.named_parameters())
+    tensors: dict[str, torch.Tensor] = {name: one for name, one in model.named_parameters() if one.is_meta}
     for name, buffer in model.named_buffers():
-        tensors.setdefault(name, buffer)  # type: ignore[arg-type]
-    return {clean(name): tensor for name, tensor in tensors.items() if tensor.is_meta}
+        if buffer.is_meta:
+            tensors.setdefault(name, buffer)
+    if not tensors or any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return {}
+    return {clean(name): tensor for name, tensor in tensors.items()}
 
 
 def give_memory(tensor: torch.Tensor) -> None:
