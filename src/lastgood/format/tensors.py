@@ -222,11 +222,16 @@ def _slot(name: str, value: dict[str, object], start: int) -> Slot:
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in SIZES:
         raise ValueError(f"tensor {name[:100]!r} has dtype {dtype!r}")
-    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 1 << 48 for n in shape) or len(shape) > 64:
+    if not isinstance(shape, list) or len(shape) > 64:
         raise ValueError(f"tensor {name[:100]!r} has shape {shape!r}")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
+    for n in shape:  # no generator: there may be hundreds of thousands of tensors
+        if type(n) is not int or not 0 <= n < 1 << 48:
+            raise ValueError(f"tensor {name[:100]!r} has shape {shape!r}")
+    if not isinstance(offsets, list) or len(offsets) != 2:
         raise ValueError(f"tensor {name[:100]!r} has offsets {offsets!r}")
     begin, end = offsets
+    if type(begin) is not int or type(end) is not int or begin < 0 or end < 0:
+        raise ValueError(f"tensor {name[:100]!r} has offsets {offsets!r}")
     if end - begin != SIZES[dtype] * math.prod(shape):
         raise ValueError(f"tensor {name[:100]!r} has not the bytes of {dtype}{str(shape)[:100]}")
     return Slot(dtype, tuple(shape), start + begin, start + end)

@@ -53,7 +53,8 @@ def from_bytes(entry: Tensor) -> torch.Tensor:
         raise NotSupported(f"tensor {entry.name!r} has dtype {entry.dtype}, which this torch does not know")
     if len(entry.data) == 0:
         return torch.empty(entry.shape, dtype=dtype)
-    return torch.frombuffer(entry.data, dtype=torch.uint8).view(dtype).reshape(entry.shape)
+    flat = torch.frombuffer(entry.data, dtype=dtype)
+    return flat if len(entry.shape) == 1 else flat.view(entry.shape)
 
 
 def in_place(entries: Mapping[str, Tensor], buffer: memoryview) -> dict[str, torch.Tensor]:
@@ -86,7 +87,8 @@ def window(tensor: torch.Tensor) -> memoryview:
     """The memory of a dense, contiguous CPU tensor, to be written to."""
     if tensor.numel() == 0:
         return memoryview(bytearray())
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy().data).cast("B")
+    plain = tensor.detach()
+    return memoryview((plain if plain.dim() else plain.view(1)).view(torch.uint8).numpy().data).cast("B")
 
 
 def digest(tensor: torch.Tensor, name: str = "", kind: Kind = NOW) -> str:
