@@ -80,6 +80,8 @@ class Held:
     def digests(self, like: Collection[str]) -> set[str]:
         """Digests of those that could be one of `like`: of the same dtype and shape."""
         kinds = {one.partition(":")[0] for one in like}
+        if not kinds:
+            return set()
         every = (item for file in self.files for item in file.tensors.items())
         return {digest(tensor, name) for name, tensor in every if signature(tensor) in kinds}
 

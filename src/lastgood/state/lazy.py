@@ -53,7 +53,7 @@ Place = tuple[int, int]
 def place(tensor: torch.Tensor, small: int = SMALL) -> Place | None:
     """None for one that has to be copied at once: small, on a device, or not the bytes that are written, in a row."""
     count = tensor.numel() * tensor.element_size()
-    if count < max(small, 1):  # of thousands most are
+    if count < small or not count:  # of thousands most are
         return None
     if tensor.device.type != "cpu" or tensor.layout is not torch.strided or tensor.is_inference():
         return None
