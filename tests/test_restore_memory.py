@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -466,3 +467,18 @@ def test_what_is_a_multiple_of_the_alignment_long_is_used_where_it_was_read(
     for entry in entries:
         if entry.data and len(entry.data) % 64 == 0:
             assert base <= found[entry.name].data_ptr() < base + len(buffer)
+
+
+@given(st.lists(st.sampled_from([0, 1, 3, 64, 5000, 16_383, 16_384, 300_000]), min_size=1, max_size=40), st.randoms())
+@settings(max_examples=25)
+def test_I9_neighbours_are_read_together_and_each_gets_its_own(sizes: list[int], chance: Any) -> None:
+    saved = {f"t{n}": torch.full((size,), n, dtype=torch.float32) for n, size in enumerate(sizes)}
+    asked = [name for name in saved if chance.random() < 0.8]
+    live = {name: torch.full_like(saved[name], -1) for name in asked}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.safetensors"
+        local.write(path, safetensors.encode(named(saved))[1])
+        places = hashing.digests(path)[1]
+        pairs = [(live[name], Stored(path, name, places[name].slot, places[name].digest)) for name in asked]
+        assert fill(pairs) == [places[name].digest for name in asked]
+    assert all(torch.equal(live[name], saved[name]) for name in asked)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,6 +15,11 @@ from lastgood.format import tensors as safetensors
 from lastgood.repo.staging import Content, Staging, beside_training, explained, written_by_libraries
 from lastgood.store import local
 from lastgood.store.memory import Arena
+
+SMALL = 1 << 14
+"""Bytes (16 KiB) below which tensors are copied side by side."""
+GATHERED = 1 << 19
+"""Bytes (512 KiB) of what is copied so in one go."""
 
 
 class Changed(Exception):
@@ -88,7 +93,7 @@ class Eager:
     waited = 0.0
 
     def stage(self, tensors: Iterable[safetensors.Tensor], arena: Arena) -> Source:
-        return Copied(tuple(entry._replace(data=arena.keep(entry.data)) for entry in tensors))
+        return Copied(tuple(kept(tensors, arena)))
 
     def begin(self) -> None: ...
 
@@ -97,6 +102,32 @@ class Eager:
     def fill(self) -> None: ...
 
     def prove(self) -> None: ...
+
+
+def kept(tensors: Iterable[safetensors.Tensor], arena: Arena) -> Iterator[safetensors.Tensor]:
+    """Copies of all of them, in their order; small ones side by side, for to ask for memory takes longer than to copy
+    them. Raises Short."""
+    small: list[safetensors.Tensor] = []
+    count = 0
+    for entry in tensors:
+        if len(entry.data) < SMALL:
+            small.append(entry)
+            count += len(entry.data)
+            if count < GATHERED:
+                continue
+        yield from _side_by_side(small, arena)
+        small, count = [], 0
+        if len(entry.data) >= SMALL:
+            yield entry._replace(data=arena.keep(entry.data))
+    yield from _side_by_side(small, arena)
+
+
+def _side_by_side(entries: Sequence[safetensors.Tensor], arena: Arena) -> Iterator[safetensors.Tensor]:
+    view, at = arena.keep(memoryview(b"".join([entry.data for entry in entries]))) if entries else memoryview(b""), 0
+    for name, dtype, shape, data in entries:
+        end = at + len(data)
+        yield safetensors.Tensor(name, dtype, shape, view[at:end])
+        at = end
 
 
 @dataclass(slots=True)
@@ -125,7 +156,7 @@ class Draft(Staging):
         assert ready is None, "the window knows what is ready"
         started = time.perf_counter()
         source = self.window.stage(tensors, self.arena)
-        safetensors.encode(source.entries, metadata)  # what is wrong with them is told by the call that is at fault
+        safetensors.check(source.entries)  # what is wrong with them is told by the call that is at fault
         self._spent("copy", started)
         self._will(part, lambda out: out.tensors(name, part, source.tensors(), metadata, told=told, ready=source.ready))
 

@@ -28,6 +28,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 WRITERS = 2
 """Files that are written at the same time: while one waits for the disk, the other is copied and hashed."""
+APART = 1 << 20
+"""Bytes (1 MiB) of all files together from which on a second thread is worth its start."""
 CORES = 8
 """From so many cores on also where training goes on meanwhile: with fewer it needs them itself."""
 
@@ -52,6 +54,7 @@ class Staging:
     writers: int = WRITERS
     _waiting: dict[str, Callable[[Path], FileEntry]] = field(default_factory=dict)
     _about: dict[str, Callable[[Path], FileEntry]] = field(default_factory=dict)  # what is made when those are written
+    _bytes: int = 0  # of what is waiting
 
     @property
     def directory(self) -> Path:
@@ -77,7 +80,7 @@ class Staging:
         Raises SaveFailed, and UsageError for what no file can hold.
         """
         entries = safetensors.ordered(tensors)
-        size, chunks = safetensors.encode(entries, metadata, ready)
+        size, chunks = safetensors.laid_out(entries, metadata, ready)
 
         def write(path: Path) -> FileEntry:
             sizes = [len(entry.data) for entry in entries]
@@ -87,12 +90,12 @@ class Staging:
                 told.update(digests.told(entries, each.told[1:]))  # behind the header
             return written
 
-        self._take(name, part, write)
+        self._take(name, part, write, size)
 
     def data(self, name: str, part: str, content: Content) -> None:
         """A file with this content; a function is called when the others have been written. Raises SaveFailed."""
         if not callable(content):
-            self._take(name, part, lambda path: local.write(path, [content], sync=False))
+            self._take(name, part, lambda path: local.write(path, [content], sync=False), len(content))
             return
 
         def write(path: Path) -> FileEntry:
@@ -122,6 +125,7 @@ class Staging:
         """
         started, made = time.perf_counter(), dict[str, FileEntry]()
         (todo, self._waiting), (about, self._about) = (self._waiting, {}), (self._about, {})
+        count, self._bytes = self.writers if self._bytes >= APART else 1, 0
 
         def act(name: str, write: Callable[[Path], FileEntry]) -> None:
             path = self.directory / name
@@ -131,7 +135,7 @@ class Staging:
 
         try:
             for some in (todo, about):
-                together([partial(act, name, write) for name, write in some.items()], limit=self.writers)
+                together([partial(act, name, write) for name, write in some.items()], limit=count)
         finally:  # also of a save that fails it is good to know how much room it took
             self.files |= {name: made[name] for name in (*todo, *about) if name in made}
             self._spent("write", started)
@@ -154,9 +158,10 @@ class Staging:
         inner = {self.directory.joinpath(*name.split("/")[:-1]) for name in self.files}
         return sorted(inner | {self.directory}, key=lambda path: -len(path.parts))
 
-    def _take(self, name: str, part: str, write: Callable[[Path], FileEntry]) -> None:
+    def _take(self, name: str, part: str, write: Callable[[Path], FileEntry], size: int) -> None:
         self._name(name, part)
         self._waiting[name] = write
+        self._bytes += size
 
     def _spent(self, on: str, since: float) -> None:
         self.seconds[on] = self.seconds.get(on, 0.0) + time.perf_counter() - since

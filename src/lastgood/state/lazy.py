@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lastgood.format.tensors import Tensor
-from lastgood.repo.draft import Changed, Copied, Source
+from lastgood.repo.draft import Changed, Copied, Source, kept
 from lastgood.state.match import some
 from lastgood.state.proof import Bytes, raw, sampled, whole
 from lastgood.state.tensors import SMALL as SMALL_BLOCK
@@ -52,10 +52,12 @@ Place = tuple[int, int]
 
 def place(tensor: torch.Tensor, small: int = SMALL) -> Place | None:
     """None for one that has to be copied at once: small, on a device, or not the bytes that are written, in a row."""
+    count = tensor.numel() * tensor.element_size()
+    if count < small or not count:  # of thousands most are
+        return None
     if tensor.device.type != "cpu" or tensor.layout is not torch.strided or tensor.is_inference():
         return None
-    count = tensor.numel() * tensor.element_size()
-    if count < max(small, 1) or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
+    if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
         return None
     return tensor.data_ptr(), count
 
@@ -124,7 +126,7 @@ class Lazy:
     def stage(self, tensors: Iterable[Tensor], arena: Arena) -> Source:
         """Those that are in `weights` or `state` later, all others now. Raises Short, NotSupported."""
         if not isinstance(tensors, Named):
-            return Copied(tuple(entry._replace(data=arena.keep(entry.data)) for entry in tensors))
+            return Copied(tuple(kept(tensors, arena)))
         small, before = tensors.small(min(SMALL_BLOCK, self.pace.small - 1)), len(self._guarded)
         entries = tuple(
             small.get(name) or self._staged(name, tensor, arena) for name, tensor in tensors.tensors.items()

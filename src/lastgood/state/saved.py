@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from lastgood.format import tensors as safetensors
 from lastgood.format.digests import FORMATS
 from lastgood.model import FileEntry, Record
 from lastgood.repo.held import Held
+from lastgood.state import quick
 from lastgood.state.stored import Stored
 from lastgood.state.tensors import in_place
 from lastgood.store.checksum import NOW, Kind
@@ -106,7 +106,7 @@ class Saved:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file of a format that is known. Raises CorruptCheckpoint."""
     try:
-        value = json.loads(path.read_bytes())
+        value = quick.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise CorruptCheckpoint(f"{path} can't be read: {error}") from error
     if not isinstance(value, dict) or value.get("format") not in FORMATS:

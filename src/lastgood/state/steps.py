@@ -96,9 +96,9 @@ def _places(optimizers: Iterable[torch.optim.Optimizer], small: int) -> tuple[se
 def _tensors(entry: object) -> Iterator[torch.Tensor]:
     if isinstance(entry, torch.Tensor):
         yield entry
-    elif isinstance(entry, Mapping):
-        for value in entry.values():
-            yield from _tensors(value)
-    elif isinstance(entry, (list, tuple)):
-        for value in entry:
-            yield from _tensors(value)
+    elif isinstance(entry, (Mapping, list, tuple)):
+        for value in entry.values() if isinstance(entry, Mapping) else entry:
+            if isinstance(value, torch.Tensor):  # a generator for each takes longer than the rest
+                yield value
+            else:
+                yield from _tensors(value)

@@ -13,8 +13,10 @@ from lastgood.format.digests import signature
 from lastgood.format.tensors import Slot, Tensor
 from lastgood.state.tensors import DTYPE_OF, from_bytes, window
 from lastgood.store import contents, local
-from lastgood.store.checksum import Each, kind_of
+from lastgood.store.checksum import Each, Kind, kind_of, of
 
+SMALL = 1 << 16
+"""Bytes (64 KiB) below which neighbours in a file are read by one call."""
 TOGETHER = 8 << 20
 """Bytes that one thread reads before it takes more work (8 MiB): small tensors by the thousand, large ones alone."""
 
@@ -83,12 +85,43 @@ def _together(order: Iterable[int], pairs: Sequence[tuple[torch.Tensor, Stored]]
 def _read(pairs: Sequence[tuple[torch.Tensor, Stored]]) -> list[str]:
     told = []
     with local.opened(pairs[0][1].path) as file:
-        for live, stored in pairs:
-            view, at = window(live), stored.slot.begin
-            each = Each([len(view)], kind_of(stored.digest))
-            for begin in range(0, len(view), local.BLOCK):
-                block = view[begin : begin + local.BLOCK]
-                contents.fill(file.fileno(), block, at + begin)
-                each.update(block)
-            told.append(f"{signature(stored.slot.dtype, stored.slot.shape)}:{each.told[0]}")
+        for some in _neighbours(pairs):
+            first, last = some[0][1].slot, some[-1][1].slot
+            read = memoryview(bytearray(last.end - first.begin if len(some) > 1 else 0))
+            contents.fill(file.fileno(), read, first.begin)
+            for live, stored in some:
+                view, slot = window(live), stored.slot
+                if read:
+                    view[:] = read[slot.begin - first.begin : slot.end - first.begin]
+                    found = of(view, kind_of(stored.digest))
+                else:
+                    found = _alone(file.fileno(), view, slot.begin, kind_of(stored.digest))
+                told.append(f"{signature(slot.dtype, slot.shape)}:{found}")
     return told
+
+
+def _neighbours(pairs: Sequence[tuple[torch.Tensor, Stored]]) -> Iterator[Sequence[tuple[torch.Tensor, Stored]]]:
+    """Small ones that lie side by side in the file, some at a time; each other one alone."""
+    begin = 0
+    for n, (_, stored) in enumerate(pairs):
+        start, slot = pairs[begin][1].slot.begin, stored.slot
+        apart = n > begin and (slot.begin != pairs[n - 1][1].slot.end or slot.end - start > local.BLOCK)
+        if apart or slot.end - slot.begin >= SMALL:
+            if n > begin:
+                yield pairs[begin:n]
+            begin = n
+        if slot.end - slot.begin >= SMALL:
+            yield pairs[n : n + 1]
+            begin = n + 1
+    if begin < len(pairs):
+        yield pairs[begin:]
+
+
+def _alone(handle: int, view: memoryview, at: int, kind: Kind) -> str:
+    """Read one, and hash it where it arrives."""
+    each = Each([len(view)], kind)
+    for begin in range(0, len(view), local.BLOCK):
+        block = view[begin : begin + local.BLOCK]
+        contents.fill(handle, block, at + begin)
+        each.update(block)
+    return each.told[0]

@@ -53,7 +53,8 @@ def from_bytes(entry: Tensor) -> torch.Tensor:
         raise NotSupported(f"tensor {entry.name!r} has dtype {entry.dtype}, which this torch does not know")
     if len(entry.data) == 0:
         return torch.empty(entry.shape, dtype=dtype)
-    return torch.frombuffer(entry.data, dtype=torch.uint8).view(dtype).reshape(entry.shape)
+    flat = torch.frombuffer(entry.data, dtype=dtype)
+    return flat if len(entry.shape) == 1 else flat.view(entry.shape)
 
 
 def in_place(entries: Mapping[str, Tensor], buffer: memoryview) -> dict[str, torch.Tensor]:
@@ -86,7 +87,8 @@ def window(tensor: torch.Tensor) -> memoryview:
     """The memory of a dense, contiguous CPU tensor, to be written to."""
     if tensor.numel() == 0:
         return memoryview(bytearray())
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy().data).cast("B")
+    plain = tensor.detach()
+    return memoryview((plain if plain.dim() else plain.view(1)).view(torch.uint8).numpy().data).cast("B")
 
 
 def digest(tensor: torch.Tensor, name: str = "", kind: Kind = NOW) -> str:
@@ -137,27 +139,24 @@ class Named:
         To ask torch for the memory of each takes longer than that, and a count of steps, or a bias, of thousands of
         parameters would be most of the time of a save.
         """
-        return _in_a_block({name: tensor for name, tensor in self.tensors.items() if _small(tensor, limit)})
+        found: dict[torch.dtype, dict[str, torch.Tensor]] = {}
+        for name, tensor in self.tensors.items():
+            # Nothing that isn't plain: torch.cat must not have to convert anything.
+            plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.dtype in _COPIED and tensor.is_cpu
+            if plain and tensor.layout is torch.strided and tensor.nbytes <= limit:
+                found.setdefault(tensor.dtype, {})[name] = tensor
+        return {name: entry for some in found.values() for name, entry in _in_a_block(some)}
 
 
 named = Named
 
 
-def _small(tensor: torch.Tensor, limit: int) -> bool:
-    # Nothing that isn't plain: torch.cat must not have to convert anything.
-    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.dtype in _COPIED and tensor.is_cpu
-    return plain and tensor.layout is torch.strided and tensor.nbytes <= limit
-
-
-def _in_a_block(tensors: Mapping[str, torch.Tensor]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for dtype in {tensor.dtype for tensor in tensors.values()}:
-        some = {name: tensor for name, tensor in tensors.items() if tensor.dtype is dtype}
-        with torch.no_grad():
-            block = torch.cat([tensor.reshape(-1) for tensor in some.values()])
-        data, at = block.view(torch.uint8).numpy().data, 0
-        for name, tensor in some.items():
-            end = at + tensor.nbytes
-            found[name] = Tensor(name, CODE_OF[dtype], tuple(tensor.shape), data[at:end])
-            at = end
-    return found
+def _in_a_block(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Of one dtype."""
+    with torch.no_grad():
+        block = torch.cat([tensor if tensor.dim() == 1 else tensor.reshape(-1) for tensor in tensors.values()])
+    code, data, at = CODE_OF[block.dtype], block.view(torch.uint8).numpy().data, 0
+    for name, tensor in tensors.items():
+        end = at + tensor.nbytes
+        yield name, Tensor(name, code, tuple(tensor.shape), data[at:end])
+        at = end

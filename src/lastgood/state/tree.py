@@ -59,7 +59,15 @@ def encode(value: object, tensors: dict[str, torch.Tensor], where: str) -> JSON:
 
 def _encode_mapping(value: Mapping[Any, Any], tensors: dict[str, torch.Tensor], where: str) -> JSON:
     if all(isinstance(key, str) and not key.startswith("$") for key in value):
-        return {str(key): encode(item, tensors, f"{where}.{key}") for key, item in value.items()}
+        found = {}
+        for key, item in value.items():
+            place = f"{where}.{key}"
+            if type(item) is torch.Tensor:  # nearly all of what thousands of parameters have
+                tensors[place] = item
+                found[str(key)] = {"$tensor": place}
+            else:
+                found[str(key)] = encode(item, tensors, place)
+        return found
     pairs = [
         [encode(key, tensors, f"{where}.key{i}"), encode(item, tensors, f"{where}.{key}")]
         for i, (key, item) in enumerate(value.items())

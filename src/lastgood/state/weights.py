@@ -133,13 +133,14 @@ class Coverage:
         known = digests.known
         # What is neither trained nor changed comes with the model: the frozen base under an adapter, which
         # no adapter checkpoint stores, and buffers that are computed when the model is built.
-        own = set() if hasattr(model, "peft_config") else {clean(name) for name in model.state_dict()}
+        loose = {n: tensor for n, tensor in live.items() if not held.where(tensor) and n not in self.proven}
+        own = set[str]()
+        if loose and not hasattr(model, "peft_config"):
+            own = {clean(name) for name in model.state_dict(keep_vars=True)}
         doubtful = [
             name
-            for name, tensor in live.items()
-            if not held.has(tensor)
-            and name not in self.proven
-            and (tensor.requires_grad or name in own or self.initial.get(name) != known[name])
+            for name, tensor in loose.items()
+            if tensor.requires_grad or name in own or self.initial.get(name) != known[name]
         ]
         same = held.digests({known[name] for name in doubtful})
         lost = [name for name in doubtful if known[name] not in same]
@@ -285,7 +286,8 @@ def prepare(
 
 def computed(model: torch.nn.Module) -> set[str]:
     """Names of the buffers that aren't part of the model's state: made when it is built, as causal masks are."""
-    return {clean(name) for name in members(model)[1]} - {clean(name) for name in model.state_dict()}
+    buffers = {clean(name) for name in members(model)[1]}
+    return buffers - {clean(name) for name in model.state_dict(keep_vars=True)} if buffers else buffers
 
 
 def _same_names(live: set[str], saved: set[str]) -> None:

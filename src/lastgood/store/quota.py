@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from functools import cache
 from pathlib import Path
 
 from lastgood.store import local
@@ -65,15 +66,20 @@ def left(path: Path) -> tuple[int, int]:
 
 
 def _device(path: Path) -> str | None:
-    """The block device that a path lies on, from /proc/self/mountinfo (proc(5))."""
+    """The block device that a path lies on; None where nobody says."""
     try:
-        number = os.stat(path).st_dev
-        wanted = f"{os.major(number)}:{os.minor(number)}"
-        for line in Path("/proc/self/mountinfo").read_text().splitlines():
-            fields, _, rest = line.partition(" - ")
-            if fields.split()[2] == wanted:
-                source = rest.split()[1]
-                return source if source.startswith("/dev/") else None
+        return _mounted(os.stat(path).st_dev)
     except (OSError, IndexError):
-        pass
+        return None
+
+
+@cache
+def _mounted(number: int) -> str | None:
+    """Of the device with this number, from /proc/self/mountinfo (proc(5)): hundreds of lines on some, so read once."""
+    wanted = f"{os.major(number)}:{os.minor(number)}"
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields, _, rest = line.partition(" - ")
+        if fields.split()[2] == wanted:
+            source = rest.split()[1]
+            return source if source.startswith("/dev/") else None
     return None

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
 import torch
 
 from lastgood.format.digests import FORMAT
@@ -16,7 +17,7 @@ from lastgood.integrations.torch.module import Model
 from lastgood.integrations.torch.parts import Value
 from lastgood.repo.staging import Staging
 from lastgood.state import facts as about
-from lastgood.state import rng
+from lastgood.state import quick, rng
 from lastgood.state.digests import Digests
 from lastgood.state.saved import DIGESTS, RESUME, STATE
 from lastgood.state.tensors import named
@@ -28,7 +29,7 @@ def write(staging: Staging, parts: Sequence[Part], boundary: Boundary, epoch: fl
     for part in parts:
         part.write(out)
     about = {"format": FORMAT, "tensors": {}, **out.digests}
-    staging.data(DIGESTS, "model", lambda: _json(about))
+    staging.data(DIGESTS, "model", lambda: quick.dumps(_told(about)))
     if out.tensors:
         staging.tensors(STATE, "optimizer", named(out.tensors), {"format": "pt"})
     resume = {
@@ -37,7 +38,7 @@ def write(staging: Staging, parts: Sequence[Part], boundary: Boundary, epoch: fl
         "rng": rng.encode(boundary.rng),
         "progress": {"global_step": boundary.step, "epoch": epoch, "front": "loop"},
     }
-    staging.data(RESUME, "progress", _json(resume))
+    staging.data(RESUME, "progress", quick.dumps({key: _encoded(key, value) for key, value in resume.items()}))
 
 
 def live(parts: Sequence[Part]) -> dict[str, torch.Tensor]:
@@ -64,5 +65,16 @@ def facts(parts: Sequence[Part]) -> dict[str, Any]:
     return found
 
 
-def _json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, allow_nan=False, default=Digests.all) + "\n").encode()
+def _encoded(key: str, value: Any) -> Any:
+    """The optimizer's state is nearly all there is, and went through `tree.encode`, which has a word for NaN. Of the
+    rest nobody knows: there json is asked, which refuses it.
+    """
+    return value if key == "optimizer" else msgspec.Raw(json.dumps(value, allow_nan=False).encode())
+
+
+def _told(about: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with the digests that are known now that the files have been written."""
+    return {
+        key: value.all() if isinstance(value, Digests) else _told(value) if isinstance(value, Mapping) else value
+        for key, value in about.items()
+    }
