@@ -28,6 +28,10 @@ BESIDE = 4.0
 lower priority, and waited for what training was to hand over."""
 
 
+SMALL = 16 << 20
+"""Bytes (16 MiB) below which a save takes as long as its number of files, whatever is in them."""
+
+
 class Late(SaveFailed):
     """The grace was all but over while a save was being written."""
 
@@ -84,9 +88,11 @@ def fastest(size: int, saves: Iterable[Took]) -> float | None:
 
     A smaller save is taken to be faster by as much as it is smaller, a larger one not to be slower.
     """
-    return min(
-        (took.seconds / (BESIDE if took.beside else 1.0) * min(1.0, size / took.bytes) for took in saves), default=None
-    )
+    return min((_alone(took) * min(1.0, max(size, SMALL) / max(took.bytes, SMALL)) for took in saves), default=None)
+
+
+def _alone(took: Took) -> float:
+    return took.seconds / (BESIDE if took.beside else 1.0)
 
 
 def verdict(left: float | None, size: int, saves: Iterable[Took]) -> Verdict:
