@@ -186,7 +186,7 @@ def test_I20_behind_the_grace_nothing_is_begun(tmp_path: Path) -> None:
     made.grace.since = lambda: time.monotonic() - 601
     assert save(made, 2) is None and save(made, 2, now=True) is None
     made.close()
-    assert steps(tmp_path) == [1] and events(tmp_path, "skipped")[0]["reason"] == "the grace is over"
+    assert steps(tmp_path) == [1] and events(tmp_path, "skipped")[0]["reason"] == "the grace is all but over"
 
 
 @pytest.mark.parametrize("background", [None, Background()])
@@ -331,6 +331,19 @@ def loop(root: Path, disk: Any, size: int = 4, then: str = "", **options: Any) -
             ckpt.step(step + 1)
 
 
+class Asking(fs.FileSystem):
+    """SIGTERM to this process once, while a save of the run is being made durable."""
+
+    def __init__(self, root: Path) -> None:
+        self.tmp, self.asked = root / ".lastgood" / "tmp", False
+
+    def sync(self, handle: int) -> None:
+        if not self.asked and self.tmp.is_dir() and list(self.tmp.iterdir()):
+            self.asked = True
+            os.kill(os.getpid(), signal.SIGTERM)
+        super().sync(handle)
+
+
 def left(log: Path, work: Callable[..., None], *args: Any, **kwargs: Any) -> str:
     """Run it in a process of its own, which has to leave with 75; what it said."""
     status = forked.run(work, *args, log=log, **kwargs)
@@ -353,6 +366,25 @@ def test_I20_with_the_variable_alone_a_save_that_cannot_fit_is_not_begun(
     assert "was not saved" not in said and max(steps(root)) > 2, "there is time"
 
 
+@pytest.mark.parametrize("front", [loop, trainer])
+def test_I20_asked_during_a_save_it_leaves_behind_that_save(front: Callable[..., None], tmp_path: Path) -> None:
+    root, options = tmp_path / "run", {"save_steps": 1} if front is loop else {}
+    said = left(tmp_path / "log", front, root, Asking(root), **options)
+    assert steps(root) == [1 if front is loop else 2], said
+
+
+def test_I20_a_wrong_grace_is_said_once_and_counts_as_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(GRACE, "two minutes")
+    for name in ("a", "b"):
+        made = Manager(root=tmp_path / name)
+        made.open()
+        assert made.grace.seconds is None
+        made.close()
+    assert caplog.text.count("LASTGOOD_GRACE='two minutes' is no number of seconds") == 1
+
+
 def test_I20_a_save_that_takes_too_long_is_broken_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first save of all, of which nobody knows what it takes: longer, at 0.4 s for each piece, than the grace."""
     root = tmp_path / "run"
@@ -370,7 +402,7 @@ def test_I20_a_process_leaves_a_disk_that_hangs(tmp_path: Path, monkeypatch: pyt
     root = tmp_path / "run"
     monkeypatch.setenv(GRACE, "1")
     said = left(tmp_path / "log", loop, root, Hanging(), then="hangs", background=True)
-    assert "NO CHECKPOINT at step 3" in said and "step 4 was not saved: the grace is over" in said
+    assert "NO CHECKPOINT at step 3" in said and "step 4 was not saved: the grace is all but over" in said
     assert steps(root) == [2] and Manager(root=root).find("last").record.step == 2
 
 

@@ -26,8 +26,6 @@ HASTE = 10.0
 BESIDE = 4.0
 """A save alone may be so many times as fast as one that was written beside training: that one had one file at a time, a
 lower priority, and waited for what training was to hand over."""
-
-
 SMALL = 16 << 20
 """Bytes (16 MiB) below which a save takes as long as its number of files, whatever is in them."""
 
@@ -76,9 +74,8 @@ def measured(events: Iterable[Mapping[str, Any]]) -> tuple[Took, ...]:
         count, seconds, spent = event.get("bytes"), event.get("seconds"), event.get("spent")
         if not isinstance(count, int) or count <= 0 or not isinstance(seconds, (int, float)) or not seconds >= 0:
             continue
-        stall = spent.get("stall") if isinstance(spent, Mapping) else None
-        # Only what is known to have held training up tells what a save alone takes.
-        alone = isinstance(stall, (int, float)) and stall >= 0.9 * seconds
+        # Only what is known to have held training up from beginning to end tells what a save alone takes.
+        alone = isinstance(spent, Mapping) and spent.get("stall") == seconds
         found.append(Took(count, float(seconds), not alone))
     return tuple(found)
 
@@ -100,12 +97,13 @@ def verdict(left: float | None, size: int, saves: Iterable[Took]) -> Verdict:
     if left is None:
         return Verdict(True, "how long the grace is nobody knows")
     if left <= 0:
-        return Verdict(False, "the grace is over")
+        return Verdict(False, "the grace is all but over")
     least = fastest(size, saves)
     if least is None:
         return Verdict(True, f"{left:.3g} s of the grace are left, and what a save takes isn't known yet")
-    told = f"{left:.3g} s of the grace are left, and even the fastest save so far would have taken {least:.3g} s"
-    return Verdict(least <= left, told.replace("even ", "") if least <= left else told)
+    even = "even " if least > left else ""
+    told = f"{left:.3g} s of the grace are left, and {even}the fastest save so far would have taken {least:.3g} s"
+    return Verdict(least <= left, told)
 
 
 @dataclass(slots=True)

@@ -16,10 +16,14 @@ HINT = (
 )
 
 
+_said: set[str] = set()
+
+
 def known() -> float | None:
-    """The grace of this process in seconds; None where nobody says. What is wrong with it is said."""
+    """The grace of this process in seconds; None where nobody says. What is wrong with it is said, once."""
     seconds, wrong = grace.find(os.environ)
-    if wrong:
+    if wrong and wrong not in _said:
+        _said.add(wrong)
         warn(wrong)
     return seconds
 
