@@ -27,6 +27,7 @@ from lastgood.grace import BESIDE, GRACE, SMALL, Grace, Took, fastest, find, mea
 from lastgood.manager import Manager
 from lastgood.policy import Keep
 from lastgood.repo import journal
+from lastgood.repo.staging import checked
 from lastgood.signals import Overheard
 from lastgood.store import fs
 
@@ -202,6 +203,27 @@ def test_I20_a_short_grace_leaves_deletion_to_the_next_save(background: Any, tmp
     save(made, 4)
     made.close()
     assert steps(tmp_path) == [4]
+
+
+def test_I20_I13_what_retention_put_out_of_sight_is_swept_at_the_next_start(tmp_path: Path) -> None:
+    made = begun(tmp_path, 595.0, 600.0)
+    grave = tmp_path / ".lastgood" / "tmp" / "0123456789abcdef"
+    grave.mkdir(parents=True)
+    (grave / "model.safetensors").write_bytes(b"w")
+    made._dissolve([grave])
+    made.close("preempted")
+    assert grave.exists(), "no time for that"
+    made.open()
+    made.close()
+    assert not grave.exists()
+
+
+@given(st.lists(st.binary(max_size=40), max_size=6), st.integers(1, 9))
+def test_pieces_are_the_same_bytes(chunks: list[bytes], piece: int) -> None:
+    asked: list[int] = []
+    found = list(checked([memoryview(chunk) for chunk in chunks], lambda: asked.append(1), piece))
+    assert b"".join(found) == b"".join(chunks) and len(asked) == len(found)
+    assert all(0 < len(one) <= piece for one in found)
 
 
 class Hanging(fs.FileSystem):
@@ -401,7 +423,7 @@ def test_I20_a_process_leaves_a_disk_that_hangs(tmp_path: Path, monkeypatch: pyt
     """A save is under way in the background when the process is asked to leave."""
     root = tmp_path / "run"
     monkeypatch.setenv(GRACE, "1")
-    said = left(tmp_path / "log", loop, root, Hanging(), then="hangs", background=True)
+    said = left(tmp_path / "log", loop, root, Hanging(), then="hangs", background=True, timeout=50)
     assert "NO CHECKPOINT at step 3" in said and "step 4 was not saved: the grace is all but over" in said
     assert steps(root) == [2] and Manager(root=root).find("last").record.step == 2
 

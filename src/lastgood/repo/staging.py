@@ -175,13 +175,15 @@ class Staging:
         self.parts.setdefault(part, []).append(name)
 
 
-def checked(chunks: Iterable[bytes | memoryview], check: Callable[[], object]) -> Iterator[memoryview]:
-    """The same bytes, piece by piece: a tensor may have gigabytes."""
+def checked(
+    chunks: Iterable[bytes | memoryview], check: Callable[[], object], piece: int = PIECE
+) -> Iterator[memoryview]:
+    """The same bytes, piece by piece, with a call of `check` before each: a tensor may have gigabytes."""
     for chunk in chunks:
         view = memoryview(chunk).cast("B")
-        for place in range(0, len(view), PIECE):
+        for place in range(0, len(view), piece):
             check()
-            yield view[place : place + PIECE]
+            yield view[place : place + piece]
 
 
 def beside_training() -> int:
