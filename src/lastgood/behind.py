@@ -164,7 +164,7 @@ class Behind(Holding):
             return
         self._awaited = True
         self._window.finish()
-        while not self._writer.wait(0.1) and not self.grace.over:
+        while not (self._writer.wait(0.0 if self.grace.over else 0.1) or self.grace.over):
             self._hurry = self._hurry or not self.space.patient or bool(self.space.leaving())
         self._awaited = False
 

@@ -19,8 +19,8 @@ from lastgood.errors import SaveFailed
 
 GRACE = "LASTGOOD_GRACE"
 """Set by `lastgood run --grace`, and by who else knows it: seconds from SIGTERM to SIGKILL."""
-PARTING, SHARE = 2.0, 0.1
-"""What a process needs to end: two seconds, or that share of a grace that is short."""
+PARTING, SHARE = 3.0, 0.25
+"""What a process needs to end, with all that others do at its exit: three seconds, or that share of a short grace."""
 HASTE = 10.0
 """With fewer seconds left nothing is deleted any more: the next start does that as well."""
 BESIDE = 4.0
