@@ -16,9 +16,10 @@ from pathlib import Path
 import forked
 
 CLIENT = """
-import json, os, socket, sys
+import json, os, signal, socket, sys
 line = socket.socket(socket.AF_UNIX)
 line.connect(sys.argv[1])
+signal.signal(signal.SIGTERM, lambda number, frame: line.send(b"T"))
 given = {k: v for k, v in os.environ.items() if k.startswith(("LASTGOOD_", "WANDB_"))}
 socket.send_fds(line, [json.dumps([sys.argv[2:], given]).encode()], [1, 2])
 told = line.recv(16)
@@ -74,5 +75,6 @@ def _answer(line: socket.socket, function: Callable[[list[str]], None]) -> None:
 
 
 def _leave_with(line: socket.socket) -> None:
-    line.recv(1)
+    while line.recv(1):
+        os.kill(os.getpid(), signal.SIGTERM)  # passed on
     os._exit(1)

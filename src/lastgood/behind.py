@@ -10,7 +10,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lastgood import parting
 from lastgood.background import Background
+from lastgood.grace import Grace
 from lastgood.holding import Holding
 from lastgood.model import Record, Span
 from lastgood.repo import journal
@@ -62,15 +64,17 @@ class Behind(Holding):
     """background: None for a run whose saves are written before training goes on.
 
     at_once: as stages, of saves before which nothing may change. pin: where memory for copies comes from, see Arena.
-    stages: makes the Window of each save. owed: why a save is due at the end of the next step, "" if none is.
-    saved: what this process saved, by step; one that is under way is in it already, without its files. took: seconds
-    from the beginning of the last save until it was committed.
+    stages: makes the Window of each save. grace: of a SIGTERM, as a budget; whoever trains sets its `since`.
+    owed: why a save is due at the end of the next step, "" if none is. saved: what this process saved, by step; one
+    that is under way is in it already, without its files. took: seconds from the beginning of the last save until it
+    was committed.
     """
 
     background: Background | None = field(default=None, kw_only=True)
     stages: Callable[[], Window] = field(default=Eager, kw_only=True)
     at_once: Callable[[], Window] = field(default=Eager, kw_only=True)
     pin: Pin | None = field(default=None, kw_only=True)
+    grace: Grace = field(default_factory=Grace, init=False)
     owed: str = field(default="", init=False)
     saved: dict[int, Record] = field(default_factory=dict, kw_only=True)
     took: float = field(default=0.0, init=False)
@@ -87,6 +91,7 @@ class Behind(Holding):
         """Become the only writer, with a thread of this process; see `Holding.open`."""
         self._writer, self._arena = Writer(), Arena(pin=self.pin)
         self._hurry = self._awaited = self._warm = False
+        self.grace.seconds, self.grace.refused = parting.known(), -1
         Holding.open(self, takeover=takeover)
 
     def warm(self, estimate: Callable[[], int], also: Callable[[], object] = bool) -> None:
@@ -151,12 +156,15 @@ class Behind(Holding):
         return records(self.root)
 
     def _drained(self) -> None:
-        """Wait until all that was handed over is done; what is waiting for room gives up when training has to leave."""
+        """Wait until all that was handed over is done; what is waiting for room gives up when training has to leave.
+
+        Not longer than the grace of a SIGTERM lasts: behind it nothing is saved any more, see `Manager.save`.
+        """
         if self._writer.here:
             return
         self._awaited = True
         self._window.finish()
-        while not self._writer.wait(0.1):
+        while not (self._writer.wait(0.0 if self.grace.over else 0.1) or self.grace.over):
             self._hurry = self._hurry or not self.space.patient or bool(self.space.leaving())
         self._awaited = False
 
@@ -171,7 +179,7 @@ class Behind(Holding):
             try:
                 for grave in graves:
                     if self._lock is lock:
-                        dissolve(grave, hurry=lambda: self._awaited, over=lambda: self._hurry)
+                        dissolve(grave, hurry=lambda: self._awaited, over=lambda: self._hurry or self.grace.short)
             except OSError as error:
                 self._unless_taken()
                 warn(f"retention: {self._told(error)}; what is left of it goes at the next start")
@@ -207,16 +215,25 @@ class Behind(Holding):
             )
         self._arena.release()
 
+    def _given_up(self, step: int | None) -> None:
+        """The run is closed, and the writer isn't done. step: whose save it is at; None: it deletes, as the next start
+        will."""
+        if step is None:
+            return
+        if (late := self.grace.late()) is not None:
+            parting.gives_up(self.grace, self.door, step, late)
+            return
+        warn(f"the disk of {self.root} hangs: the save of step {step} is given up, earlier checkpoints are intact")
+        journal.append(self.door, "failed", step=step, error="still being written when the run was closed")
+
     def close(self, event: str = "closed", **facts: str) -> None:
         """Give the run back, when all is written. Safe to call twice. facts: for the journal, beside the event."""
         if self._lock is None:
             return
         self.space.patient, self._awaited = False, True
         self._window.finish()
-        if not self._writer.end():
-            step = self._under_way
-            warn(f"the disk of {self.root} hangs: the save of step {step} is given up, earlier checkpoints are intact")
-            journal.append(self.door, "failed", step=step, error="still being written when the run was closed")
+        if not self._writer.end(self.grace.usable):
+            self._given_up(self._under_way)
         while (raised := self._writer.take()) is not None:
             error = raised.error if isinstance(raised, Failed) else raised
             if not isinstance(error, Exception):

@@ -94,8 +94,8 @@ class Conflict(LastgoodError):
 class Preempted(SystemExit):
     """The run was asked to stop, its checkpoint is on disk; exit status 75 (EX_TEMPFAIL) asks for a relaunch.
 
-    Or on_full="stop" and there was no room for one: then its cause is the NotEnoughSpace, and the checkpoint before is
-    the one that a relaunch continues from.
+    Or the grace of a SIGTERM was too short for one, which was said, or on_full="stop" and there was no room for one
+    (its cause is the NotEnoughSpace then): the checkpoint before is the one that a relaunch continues from.
     """
 
     def __init__(self, message: str) -> None:

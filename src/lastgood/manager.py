@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from lastgood import policy
+from lastgood import parting, policy
 from lastgood.behind import SPENT, Behind, Failed, Save
 from lastgood.errors import LastgoodError, NoCheckpoint, NotEnoughSpace, NotSupported, RunLocked, SaveFailed
 from lastgood.finding import Check, find
 from lastgood.garbage import uncollected
+from lastgood.grace import Late
 from lastgood.model import FORMAT, Head, Manifest, Record, Span, checkpoint_name, extend, next_seq
 from lastgood.policy import Keep
 from lastgood.recovery import Found
@@ -123,6 +124,9 @@ class Manager(Behind):
         if skip and self._skips(step):
             return None
         self.settle()
+        # Also of one that nobody called the last: the writer may still be at what `settle` gave up.
+        if (now or self.grace.over) and parting.refuses(self.grace, self.door, step, estimate):
+            return None
         self.owed = ""
         save = Save(step, started, dict(environment), dict(arguments), copy.deepcopy(dict(facts)))
         patience, behind = free.Patience(self.space.leaving), not now and self.background is not None
@@ -136,6 +140,7 @@ class Manager(Behind):
                     sightings=self._sightings,
                 )  # fmt: skip
                 staging = open_staging(self.root)
+                staging.check = None if self.grace.seconds is None else self.grace.check
                 if behind and self.background is not None:
                     self._arena.budget = self.background.budget
                     staging = draft(staging, self._arena, self.stages())
@@ -154,6 +159,9 @@ class Manager(Behind):
                 if staging is not None:
                     staging.discard()
                     staging = None
+            except Late as error:
+                parting.gives_up(self.grace, self.door, step, error)
+                return None
             except BaseException as error:
                 lack = self._undo(staging, error)
                 staging = None
@@ -268,11 +276,14 @@ class Manager(Behind):
     def retain(self) -> tuple[policy.Decision, ...]:
         """Apply the policy to what is on disk now; the decisions with their reasons go to the journal.
 
-        In the background: behind what is being written, and () here.
+        In the background: behind what is being written, and () here. () too where the grace of a SIGTERM is short: the
+        next save does it.
         """
         return self._retain() if not self._then(self._retain) else ()
 
     def _retain(self) -> tuple[policy.Decision, ...]:
+        if self.grace.short:
+            return ()
         try:
             self._still_ours()  # whoever was fenced off deletes nothing either
             found = records(self.root, sure=True)

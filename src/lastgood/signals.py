@@ -39,6 +39,11 @@ class Signals:
         self.left: tuple[str, ...] = ()
 
     @property
+    def terminated_at(self) -> float | None:
+        """When SIGTERM came, by time.monotonic(); None if it didn't."""
+        return self.since if self.terminated else None
+
+    @property
     def requested(self) -> bool:
         """Whether one asked to leave."""
         return bool(self.stop)
@@ -93,6 +98,33 @@ class Signals:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+class Overheard:
+    """When SIGTERM came to a program that handles it by itself; at: by time.monotonic(), None before."""
+
+    def __init__(self) -> None:
+        self.at: float | None = None
+        self._before: Any = None
+
+    def begin(self) -> None:
+        """Listen from now on; whoever handles the signal goes on to do so."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        before = signal.getsignal(signal.SIGTERM)
+        if callable(before):
+            self._before = before
+            signal.signal(signal.SIGTERM, self._note)
+
+    def end(self) -> None:
+        """Listen no more; unless somebody else has taken the signal since."""
+        if self._before is not None and signal.getsignal(signal.SIGTERM) == self._note:
+            signal.signal(signal.SIGTERM, self._before)
+        self._before = None
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.at = time.monotonic() if self.at is None else self.at
+        self._before(number, frame)
 
 
 def _free(number: int) -> bool:

@@ -39,6 +39,7 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._raised: list[BaseException] = []
         self._bytes = 0
+        self._abandoned = False
 
     @property
     def mine(self) -> bool:
@@ -85,12 +86,17 @@ class Writer:
         with self._changed:
             return self._changed.wait_for(lambda: not self._working and not self._jobs, seconds)
 
-    def end(self) -> bool:
-        """Wait with a limit; False if it was reached: what isn't done by then is given up."""
-        if self.wait(PATIENCE + self._bytes / SLOWEST):
+    def end(self, seconds: float | None = None) -> bool:
+        """Wait with a limit; False if it was reached: what isn't done by then is given up, and not waited for again.
+
+        seconds: there are no more than that.
+        """
+        patience = PATIENCE + self._bytes / SLOWEST
+        if self.wait(patience if seconds is None else min(seconds, patience)):
             return True
         with self._changed:
             self._jobs.clear()
+            self._abandoned = True
         return False
 
     def take(self) -> BaseException | None:
@@ -140,7 +146,7 @@ _living: weakref.WeakSet[Writer] = weakref.WeakSet()
 def _drain() -> None:
     """A program that ends without close(): what is in memory still becomes a checkpoint."""
     for writer in list(_living):
-        if not writer.end():
+        if not writer._abandoned and not writer.end():
             warn("the disk hangs: the save under way is given up, earlier checkpoints are intact")
         while (error := writer.take()) is not None:
             warn(f"NO CHECKPOINT: {error}\n  earlier ones are intact")

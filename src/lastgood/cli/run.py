@@ -55,10 +55,11 @@ def run(
     """Run a training command with no change to its code, and relaunch it after a crash or a preemption.
 
     `{checkpoint}` in its arguments becomes the newest good checkpoint, checked; before there is one, the argument and
-    its option are left out. The environment has the path as LASTGOOD_RESUME. Exit 75, 143 and SIGTERM count as a
-    preemption and are relaunched at once, other failures after a wait. What a crash left half-written is put into
-    quarantine first. A run that was stopped by `lastgood save --stop`, or whose time is over, isn't launched again.
-    With --keep-..., finished checkpoints of a stock Trainer are adopted and pruned as it goes on.
+    its option are left out. The environment has the path as LASTGOOD_RESUME, and the seconds of --grace as
+    LASTGOOD_GRACE. Exit 75, 143 and SIGTERM count as a preemption and are relaunched at once, other failures after a
+    wait. What a crash left half-written is put into quarantine first. A run that was stopped by `lastgood save --stop`,
+    or whose time is over, isn't launched again. With --keep-..., finished checkpoints of a stock Trainer are adopted
+    and pruned as it goes on.
 
     \b
     lastgood -C out run --keep-last 2 -- python train.py --output_dir out --resume_from_checkpoint {checkpoint}

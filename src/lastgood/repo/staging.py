@@ -33,6 +33,9 @@ APART = 1 << 20
 CORES = 8
 """From so many cores on also where training goes on meanwhile: with fewer it needs them itself."""
 
+PIECE = 8 << 20
+"""Bytes (8 MiB) after which it is asked whether the rest is still to be written."""
+
 Content = bytes | memoryview | Callable[[], bytes]
 """Of a file: itself, or a function that makes it when it is written."""
 
@@ -42,8 +45,9 @@ class Staging:
     """Takes what a checkpoint is to hold; `flush` puts it on the disk, and nothing may change before.
 
     path: the directory, for libraries that write files of their own. parts: the names that were taken so far; files:
-    what is written. writers: files at the same time. seconds: spent on what: "hash" (making tensors.json of the
-    hashes), "write" (with all hashing), "sync", "copy".
+    what is written. writers: files at the same time. check: called again and again while tensors are written; what it
+    raises ends that. seconds: spent on what: "hash" (making tensors.json of the hashes), "write" (with all hashing),
+    "sync", "copy".
     """
 
     root: Path
@@ -52,6 +56,7 @@ class Staging:
     parts: dict[str, list[str]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     writers: int = WRITERS
+    check: Callable[[], object] | None = None
     _waiting: dict[str, Callable[[Path], FileEntry]] = field(default_factory=dict)
     _about: dict[str, Callable[[Path], FileEntry]] = field(default_factory=dict)  # what is made when those are written
     _bytes: int = 0  # of what is waiting
@@ -85,7 +90,8 @@ class Staging:
         def write(path: Path) -> FileEntry:
             sizes = [len(entry.data) for entry in entries]
             each = None if told is None else Each([size - sum(sizes), *sizes])
-            written = local.write(path, chunks, size=size, sync=False, each=each)
+            pieces = chunks if self.check is None else checked(chunks, self.check)
+            written = local.write(path, pieces, size=size, sync=False, each=each)
             if told is not None and each is not None:
                 told.update(digests.told(entries, each.told[1:]))  # behind the header
             return written
@@ -172,6 +178,17 @@ class Staging:
         if name in self.files or name in self._waiting or name in self._about:
             raise SaveFailed(f"two files of a checkpoint are called {name!r}", hint="rename what writes one of them")
         self.parts.setdefault(part, []).append(name)
+
+
+def checked(
+    chunks: Iterable[bytes | memoryview], check: Callable[[], object], piece: int = PIECE
+) -> Iterator[memoryview]:
+    """The same bytes, piece by piece, with a call of `check` before each: a tensor may have gigabytes."""
+    for chunk in chunks:
+        view = memoryview(chunk).cast("B")
+        for place in range(0, len(view), piece):
+            check()
+            yield view[place : place + piece]
 
 
 def beside_training() -> int:

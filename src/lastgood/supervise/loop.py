@@ -19,6 +19,7 @@ from typing import IO
 
 from lastgood.deadline import END
 from lastgood.errors import LastgoodError, NotSupported, UsageError
+from lastgood.grace import GRACE, find
 from lastgood.supervise.command import PLACE, Launch, Limits, described, fill
 from lastgood.supervise.processes import GUARD, alive, children, gone, subreaper
 from lastgood.talk import say, warn
@@ -58,10 +59,19 @@ def supervise(
             hint="call supervise() from the main thread, or use `lastgood run`",
         )
     end = {} if limits.seconds is None else {END: f"{time.time() + limits.seconds:.3f}"}
-    told = {**end, **(environment or {})}
+    told = {**end, **_grace(limits.grace), **(environment or {})}
     supervisor = _Supervisor(command, choose, progress, tidy, limits, enough, poll, told, output)
     with supervisor.listening(), supervisor.guarded():
         return supervisor.run()
+
+
+def _grace(seconds: float) -> dict[str, str]:
+    """What the command is told of it: that of whoever launched us, if it is shorter, because we end then as well."""
+    outer, wrong = find(os.environ)
+    if wrong:
+        warn(wrong)
+    least = seconds if outer is None else min(seconds, outer)
+    return {GRACE: f"{least:g}" if least > 0 else ""}
 
 
 @dataclass

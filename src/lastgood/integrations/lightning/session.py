@@ -20,6 +20,7 @@ from lastgood.recovery import Found
 from lastgood.repo import journal
 from lastgood.repo.staging import Staging
 from lastgood.report import Report
+from lastgood.signals import Overheard
 from lastgood.state import lightning as files
 from lastgood.state import rng
 from lastgood.state.fingerprint import live_tensors
@@ -55,9 +56,11 @@ class Session:
     told: bool = False
     ending: bool = False  # the fit is over, whatever becomes of the save
     leave: Preempted | None = None  # raised because a save found no room
+    overheard: Overheard = field(default_factory=Overheard)
 
     def __post_init__(self) -> None:
         self.watching = Watching(self.fetching)
+        self.manager.grace.since = lambda: self.overheard.at
 
     # ---- begin ---------------------------------------------------------------------------
 
@@ -151,6 +154,7 @@ class Session:
     def started(self) -> None:
         """The loaders are there: say what came back and what is different now."""
         self.training = True
+        self.overheard.begin()
         if self.report is not None and self.target is not None and self.target.record.manifest is not None:
             changed = about.changes(self.target.record.manifest, about.facts(self.trainer, self.module))
             self.report = replace(self.report, changed=tuple(changed))
@@ -341,6 +345,7 @@ class Session:
             rng.restore(rng.decode(self.landing.saved["rng"]))
         self.training = False
         self.manager.close(event, **facts)
+        self.overheard.end()
 
 
 def loaders(loop: Any) -> list[Watched]:

@@ -81,6 +81,7 @@ class CheckpointManager:
         self._steps = steps.Steps(self._run, lambda: [p.optimizer for p in self.parts if isinstance(p, Optimizer)])
         self._run.space.leaving = lambda: self._occasions.stopping(self._boundary.step if self._boundary else 0)
         self._occasions = Occasions(self.options.triggers)
+        self._run.grace.since = lambda: self._occasions.signals.terminated_at
         self._guard = Guard(on=self.options.guard == "mark", not_finite=self._not_finite)
         self._stack = ExitStack()
         self._recorder = Recorder(self.options.trail, self._guard.hear if self._guard.on else None)
@@ -218,6 +219,7 @@ class CheckpointManager:
         reasons = self._occasions.look(step, self.epoch, busy=self._run.busy)
         if reasons:
             self._save(boundary, reasons, skip=not self._occasions.wanted)
+            self._occasions.stopping(step)  # asked to leave meanwhile: what is behind this step is saved
         if self._occasions.leave:
             self._leave(boundary)
 

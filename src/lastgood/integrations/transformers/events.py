@@ -45,6 +45,11 @@ class Events(TrainerCallback):
         elif args.save_strategy == "steps" and state.save_steps > 0 and state.global_step % state.save_steps == 0:
             control.should_save = False
 
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Asked to leave while it was being saved: what is behind this step is there, another one would have to be."""
+        if self.session.occasions.active and self.session.occasions.stopping(state.global_step):
+            control.should_training_stop = True
+
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.session.where = "epoch"
 

@@ -108,6 +108,7 @@ class Session:
         )
         flying.boarding(self.manager, accelerated=args.device.type != "cpu")
         self.manager.space.leaving = lambda: self.occasions.stopping(self.trainer.state.global_step)
+        self.manager.grace.since = lambda: self.occasions.signals.terminated_at
         self._reset()
         self.attach()
         event = "interrupted"
@@ -301,8 +302,7 @@ class Session:
         if self.live.busy:
             self.unsure = True
         else:
-            kept = [decision.record for decision in decisions if decision.action != "delete"]
-            self._set_best(kept or self.live.seen())
+            self._set_best([one.record for one in decisions if one.action != "delete"] or self.live.seen())
         self.occasions.spent(time.monotonic() - begun, busy=self.live.busy)
         return record
 
