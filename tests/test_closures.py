@@ -140,7 +140,14 @@ def hooked(parameters: list[Any]) -> torch.optim.Optimizer:
 def replacing(parameters: list[Any]) -> torch.optim.Optimizer:
     """One that puts another closure in the place of ours."""
     found = adamw(parameters)
-    found.register_step_pre_hook(lambda one, args, kwargs: ((one, lambda: args[1]()), kwargs))
+
+    def hook(one: Any, args: Any, kwargs: Any) -> Any:
+        def other() -> Any:
+            return args[1]()
+
+        return (one, other), kwargs
+
+    found.register_step_pre_hook(hook)
     return found
 
 
