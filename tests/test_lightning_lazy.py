@@ -25,7 +25,7 @@ from test_background_exact import Late, content, late
 
 import forked
 import lightnings
-from lightnings import Case, Model, Rows, Stop, StopAt, Two, outcome
+from lightnings import Case, Model, Rows, Signal, Stop, StopAt, Two, outcome
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty.*")]
 
@@ -116,6 +116,36 @@ def test_I1_I8_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     with fs.using(Late(5)):
         resumed, _, callback = case.fit(tmp_path / "run", Paced(late(5)))
     assert callback.report is not None and outcome(resumed) == outcome(expected)
+
+
+class Fails(Model):
+    """Raises inside of the closure of a step, behind backward."""
+
+    def on_after_backward(self) -> None:
+        if self.trainer.global_step == 4:
+            raise Stop
+
+
+def term(case: Case, root: Path) -> None:
+    with fs.using(Late(7)):
+        case.fit(root, Signal(4), Paced(late(7)))
+
+
+def test_I20_what_is_in_memory_is_committed_on_the_way_out(tmp_path: Path) -> None:
+    """A SIGTERM, and an error inside of a closure: the window of the save before is open, and nothing has changed."""
+    case = behind(Case("term", every=1))
+    expected, _, _ = case.fit(tmp_path / "whole")
+    assert forked.run(term, case, tmp_path / "a", log=tmp_path / "log") == 75, (tmp_path / "log").read_text()
+    with pytest.raises(Stop), fs.using(Late(8)):
+        replace(case, model=Fails).fit(tmp_path / "b", Paced(late(8)))
+    assert [record.step for record in records(tmp_path / "b")] == [1, 2, 3, 4]
+    for root in (tmp_path / "a", tmp_path / "b"):
+        there = whole(root)
+        assert {name: tensors({name: one}) for name, one in there.items()} == {
+            name: tensors({name: one}) for name, one in whole(tmp_path / "whole").items() if name in there
+        }
+        resumed, _, _ = case.fit(root)
+        assert outcome(resumed) == outcome(expected)
 
 
 class Acting(pl.Callback):

@@ -284,6 +284,7 @@ class Session:
     def heed(self) -> None:
         """What failed behind training's back is told; the run may have to stop for it."""
         self.manager.heed()
+        self.manager.warm(lambda: state.estimate(self.trainer, self.module, full=not self.weights_only))
         self._saved_at_all()
         if self.manager.space.lack is not None and not self.ending:
             self._stop(self.trainer.global_step)
