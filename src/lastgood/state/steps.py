@@ -2,7 +2,7 @@
 
 torch calls a global hook at the beginning of `step` of every class that derives from its Optimizer, whoever wraps it.
 Which of them it really reaches isn't taken on trust: an optimizer whose step passed by here since the last save is one
-that it reaches.
+that it reaches. With a closure, a step of torch's own changes nothing before that was called: there it ends behind it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lastgood.behind import Behind
 from lastgood.repo.draft import Eager, Window
+from lastgood.state.closures import Arguments, behind, waits
 from lastgood.state.device import captured
 from lastgood.state.flying import aboard
 from lastgood.state.lazy import Lazy, Pace, Place, place
@@ -36,6 +37,7 @@ class Steps:
     _window: Window = field(default_factory=Eager)
     _seen: set[int] = field(default_factory=set)  # by id: somebody's own optimizer may have no hash
     _graphs: set[int] = field(default_factory=set)  # those whose steps are replayed without a hook
+    _hook: int = -1
 
     @contextmanager
     def heard(self) -> Iterator[None]:
@@ -44,26 +46,36 @@ class Steps:
             yield
             return
 
-        def before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        def before(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
             # In a step that torch.compile makes a graph of, this is looked at once and never called: such an optimizer
             # is none that was seen.
-            if not torch.compiler.is_compiling():
-                self.begins(optimizer)
+            return None if torch.compiler.is_compiling() else self.begins(optimizer, args, kwargs)
 
         self.run.stages = self.window
         handle = register_optimizer_step_pre_hook(before)
+        self._hook = handle.id
         try:
             yield
         finally:
             handle.remove()
             self._window.finish()
 
-    def begins(self, optimizer: torch.optim.Optimizer) -> None:
-        """An optimizer is about to change what it trains."""
-        self._window.finish()
+    def begins(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Arguments | None:
+        """An optimizer is about to change what it trains, now or behind its closure; with what it is to be called."""
         self._seen.add(id(optimizer))
-        if self.run.pin is not None and captured():
+        replayed = self.run.pin is not None and captured()
+        if replayed:
             self._graphs.add(id(optimizer))
+        later = behind(args, kwargs, self._ends) if not replayed and waits(optimizer, self._hook) else None
+        if later is None:
+            self._ends()
+        return later
+
+    def _ends(self) -> None:
+        """The window that is open now: a closure may have made a save of its own."""
+        self._window.finish()
 
     def window(self) -> Window:
         """For the next save: one that copies later if every optimizer is known to come by here before it changes

@@ -278,7 +278,7 @@ class Checkpointing(Shown):
     def before_train_end(self, trainer: Any) -> None:
         session = self._session
         if session is not None:
-            session.manager.settle()
+            session.settle()
         if session is not None and (session.due or (self.save_last and not session.manager.saved)):
             self._save("epoch")
         self._refresh()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from lastgood.integrations.lightning import about, metrics, moment, state
 from lastgood.integrations.lightning.metrics import Fresh, Means
 from lastgood.integrations.lightning.moment import Where
 from lastgood.integrations.lightning.state import Moment, Weights
+from lastgood.integrations.lightning.steady import steady
 from lastgood.integrations.lightning.stream import Keeping, Watched, Watching, keeps_state
 from lastgood.integrations.lightning.target import Landing, Target, verified
 from lastgood.manager import Manager
@@ -24,6 +26,8 @@ from lastgood.signals import Overheard
 from lastgood.state import lightning as files
 from lastgood.state import rng
 from lastgood.state.fingerprint import live_tensors
+from lastgood.state.lazy import Pace
+from lastgood.state.steps import Steps
 from lastgood.talk import say, warn
 
 
@@ -57,6 +61,8 @@ class Session:
     ending: bool = False  # the fit is over, whatever becomes of the save
     leave: Preempted | None = None  # raised because a save found no room
     overheard: Overheard = field(default_factory=Overheard)
+    pace: Pace = field(default_factory=Pace)
+    stack: ExitStack = field(default_factory=ExitStack)  # what lasts until the end of the fit
 
     def __post_init__(self) -> None:
         self.watching = Watching(self.fetching)
@@ -155,6 +161,7 @@ class Session:
         """The loaders are there: say what came back and what is different now."""
         self.training = True
         self.overheard.begin()
+        self.stack.enter_context(Steps(self.manager, self._steady, self.pace).heard())
         if self.report is not None and self.target is not None and self.target.record.manifest is not None:
             changed = about.changes(self.target.record.manifest, about.facts(self.trainer, self.module))
             self.report = replace(self.report, changed=tuple(changed))
@@ -180,6 +187,9 @@ class Session:
         assert self.weights is not None
         counts = self.weights.restore(self.module, target.path, landing.tensors)
         return f"all {sum(counts.values())} tensors proven"
+
+    def _steady(self) -> list[Any]:
+        return steady(self.trainer, self.module, self.now.where) if self.now is not None else []
 
     # ---- arriving ------------------------------------------------------------------------
 
@@ -278,6 +288,7 @@ class Session:
     def heed(self) -> None:
         """What failed behind training's back is told; the run may have to stop for it."""
         self.manager.heed()
+        self.manager.warm(lambda: state.estimate(self.trainer, self.module, full=not self.weights_only))
         self._saved_at_all()
         if self.manager.space.lack is not None and not self.ending:
             self._stop(self.trainer.global_step)
@@ -285,6 +296,12 @@ class Session:
     def _saved_at_all(self) -> None:
         if self.saved_step > 0 and self.saved_step not in self.manager.saved:
             self.saved_step = max(0, self.resumed)  # the save of that step came to nothing
+        self.due = self.due or bool(self.manager.owed)  # its copy was spoilt: the state of now goes in its place
+
+    def settle(self) -> None:
+        """Wait for the save under way; what became of it is told."""
+        self.manager.settle()
+        self._saved_at_all()
 
     def settle_whatever(self) -> None:
         """What becomes of the save under way must not keep the last one from being tried."""
@@ -344,8 +361,11 @@ class Session:
             # Nothing was left to train, so nothing was fetched: whoever goes on behind it has the run's own generators.
             rng.restore(rng.decode(self.landing.saved["rng"]))
         self.training = False
-        self.manager.close(event, **facts)
-        self.overheard.end()
+        try:
+            self.stack.close()
+        finally:
+            self.manager.close(event, **facts)
+            self.overheard.end()
 
 
 def loaders(loop: Any) -> list[Watched]:
