@@ -55,6 +55,16 @@ def test_I1_I6_a_look_that_fails(operation: Operation, quick: Path) -> None:
     tried("look", operation, quick)
 
 
+@pytest.mark.parametrize(
+    ("operation", "call", "least"),
+    [("save_lazily(three)", "touch", 3), ("save_spoilt(three)", "touch", 3), ("save_and_free(three)", "truncate", 5)],
+)
+def test_lanes_stop_in_the_middle_of_a_copy_and_of_a_file_that_is_given_back(
+    operation: str, call: str, least: int, quick: Path
+) -> None:
+    assert lanes.Bench(lanes.named(operation), quick).calls.count(call) >= least
+
+
 @pytest.mark.parametrize("model", ["ordered", "posix"])
 def test_I1_I2_what_a_trainer_did_not_sync_is_durable_once_it_is_adopted(model: Model, quick: Path) -> None:
     """The lanes above take what an operation finds for durable; a Trainer's files need not be."""
