@@ -112,7 +112,7 @@ BEHIND: Sequence[Mutant] = (
         "manager.py",
         "                made.window.fill()\n",
         "",
-        "test_lazy.py -k whoever_trains",
+        "test_lazy.py -k I9_the_same",
     ),
     Mutant(
         "nothing is proven before a commit",

@@ -248,20 +248,21 @@ class Hangs(fs.FileSystem):
         super().mkdir(path)
 
 
+@pytest.mark.parametrize("taken", [False, True], ids=["alone", "opened again"])
 def test_I15_what_was_given_up_is_not_committed_behind_the_close(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    taken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The disk hangs and the close gives up; what comes back to life later writes into a run that isn't its own."""
     monkeypatch.setattr("lastgood.writer.PATIENCE", 0.0)
-    disk = Hangs()
+    disk, again = Hangs(), Manager(root=tmp_path)
     with fs.using(disk):
         made = begun(tmp_path)
         save(made, 1)
         assert disk.waiting.wait(120)
         made.close()
         assert "the save of step 1 is given up" in caplog.text
-        again = Manager(root=tmp_path)
-        again.open()
+        if taken:
+            again.open()
         disk.go.set()
         assert made._writer.wait(120)
         assert steps(tmp_path) == []
