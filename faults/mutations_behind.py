@@ -157,13 +157,6 @@ BEHIND: Sequence[Mutant] = (
         "test_background.py -k just_ends",
     ),
     Mutant(
-        "a forked child takes its parent's jobs for its own",
-        "writer.py",
-        "        return os.getpid() == self._owner\n",
-        "        return True\n",
-        "test_background.py -k forked_child",
-    ),
-    Mutant(
         "no save is left out, whatever was chosen",
         "behind.py",
         'or self.background.on_busy != "skip" or not',
