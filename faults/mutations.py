@@ -264,7 +264,7 @@ ON_DISK: Sequence[Mutant] = (
         "store/dissolve.py",
         "        local.sync_dir(directory.parent)\n",
         "        pass\n",
-        "power save_and_free(three) 1",
+        "test_dissolve.py -k I10",
     ),
     Mutant(
         "what has another name is cut",

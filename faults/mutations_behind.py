@@ -266,7 +266,7 @@ BEHIND: Sequence[Mutant] = (
         "repo/staging.py",
         "for name in (*self.files, MANIFEST)], self",
         "for name in self.files], self",
-        "power next_save(three) 3",
+        "power next_save(three) 1",
     ),
     Mutant(
         "a helper's error is lost",
