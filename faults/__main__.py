@@ -8,6 +8,7 @@ python -m faults --table                          what was found so far, into do
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -38,6 +39,8 @@ def work(lane: str, name: str, every: int) -> dict[str, Any]:
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - a run says what it recovers from, a thousand times
     try:
         bench = lanes.Bench(lanes.named(name), scratch)
+        gc.collect()
+        gc.freeze()  # each point looks for garbage several times: not in torch, where an operation needed it
         for point in lanes.points(lane, bench, every):
             count += 1
             if wrong := lanes.run(lane, bench, point):

@@ -40,6 +40,7 @@ from faults.acts import (
     undo,
     untag,
 )
+from faults.later import save_and_free, save_lazily, save_spoilt
 from faults.runs import (
     adopted,
     asked,
@@ -107,7 +108,8 @@ def _names(root: Path) -> dict[int, tuple[str, ...]]:
 
 LIVE = (
     first_save, next_save, save_and_prune, save_and_strip, save_again, save_on_a_branch, go_back, start_again,
-    recover, note_down, answer, save_behind, save_and_prune_behind,
+    recover, note_down, answer, save_behind, save_and_prune_behind, save_lazily,
+    save_spoilt, save_and_free,
 )  # fmt: skip
 """What a training does."""
 
@@ -119,6 +121,9 @@ OPERATIONS: Sequence[Operation] = (
     Operation(save_and_prune, may_go=frozenset({1, 2}), done=_has(3, 4), lasting=_new(4)),
     Operation(save_behind, done=_has(1, 2, 3, 4)),
     Operation(save_and_prune_behind, may_go=frozenset({1, 2}), done=_has(3, 4), lasting=_new(4)),
+    Operation(save_lazily, done=_has(1, 2, 3, 4)),
+    Operation(save_spoilt, done=_has(1, 2, 3)),
+    Operation(save_and_free, may_go=frozenset({1}), done=_full(4), lasting=_new(4)),
     Operation(save_and_prune, tagged, may_go=frozenset({2}), done=_has(1, 3, 4), lasting=_new(4)),
     Operation(save_and_strip, may_go=frozenset({1}), done=_full(4), lasting=_new(4)),
     Operation(save_again, done=_has(1, 2, 3, 3)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,18 @@ def content(step: int) -> bytes:
     return bytes([step % 251, 7, step % 13]) * (SIZE // 3)
 
 
-def stage(step: int) -> Callable[[Staging], None]:
+def in_memory(step: int, part: str) -> Iterable[Tensor]:
+    """What a part of its name holds."""
+    data = content(step)
+    return [Tensor("w", "U8", (len(data),), memoryview(data))]
+
+
+def stage(step: int, tensors: Callable[[int, str], Iterable[Tensor]] = in_memory) -> Callable[[Staging], None]:
     """Two files of tensors, one of ours, and two that a library writes by itself."""
 
     def write(staging: Staging) -> None:
         for name, part in (("model.safetensors", "model"), ("optimizer.safetensors", "optimizer")):
-            data = content(step)
-            staging.tensors(name, part, [Tensor("w", "U8", (len(data),), memoryview(data))])
+            staging.tensors(name, part, tensors(step, part))
         staging.data("resume.json", "progress", json.dumps({"step": step}).encode())
         (staging.directory / "config.json").write_text(f'{{"step": {step}}}')
         (staging.directory / "adapter").mkdir()
@@ -56,9 +61,9 @@ def manager(root: Path, **keep: Any) -> Manager:
     return made
 
 
-def save(made: Manager, step: int) -> Record | None:
+def save(made: Manager, step: int, tensors: Callable[[int, str], Iterable[Tensor]] = in_memory) -> Record | None:
     """A save and what comes after it."""
-    record = made.save(step, stage(step), estimate=1, environment={}, arguments={}, facts={"loss": 1 / step})
+    record = made.save(step, stage(step, tensors), estimate=1, environment={}, arguments={}, facts={"loss": 1 / step})
     made.retain()
     return record
 

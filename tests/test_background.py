@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from lastgood.policy import Keep
 from lastgood.repo import journal
 from lastgood.repo.staging import Staging
 from lastgood.store import direct, fs, memory
+from lastgood.writer import Writer
 
 import forked
 from faults.small import content, stage, steps
@@ -134,8 +136,11 @@ def test_one_save_at_a_time(tmp_path: Path, gate: Gate, on_busy: Any) -> None:
     made = begun(tmp_path, background=Background(on_busy=on_busy))
     save(made, 1)
     assert gate.waiting.wait(120)
-    threading.Timer(0.2, gate.open_.set).start() if on_busy == "wait" else None
+    later = threading.Timer(0.2 if on_busy == "wait" else 30.0, gate.open_.set)  # one that is left out comes sooner
+    later.daemon = True
+    later.start()
     second = save(made, 2, skip=True)
+    later.cancel()
     gate.open_.set()
     save(made, 3)
     made.close()
@@ -231,6 +236,66 @@ def test_I15_a_takeover_meanwhile_is_told_at_the_next_call(tmp_path: Path, gate:
     save(other, 5)
     other.close()
     assert steps(tmp_path) == [5]
+
+
+class Hangs(fs.FileSystem):
+    """The writer doesn't even get to its directory before it is let go."""
+
+    def __init__(self) -> None:
+        self.go, self.waiting = threading.Event(), threading.Event()
+
+    def mkdir(self, path: fs.AnyPath) -> None:
+        if threading.current_thread().name == "lastgood writer":
+            self.waiting.set()
+            assert self.go.wait(120), "nobody let the writer go"
+        super().mkdir(path)
+
+
+@pytest.mark.parametrize("taken", [False, True], ids=["alone", "opened again"])
+def test_I15_what_was_given_up_is_not_committed_behind_the_close(
+    taken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The disk hangs and the close gives up; what comes back to life later writes into a run that isn't its own."""
+    monkeypatch.setattr("lastgood.writer.PATIENCE", 0.0)
+    disk, again = Hangs(), Manager(root=tmp_path)
+    with fs.using(disk):
+        made = begun(tmp_path)
+        save(made, 1)
+        assert disk.waiting.wait(120)
+        made.close()
+        assert "the save of step 1 is given up" in caplog.text
+        if taken:
+            again.open()
+        disk.go.set()
+        assert made._writer.wait(120)
+        assert steps(tmp_path) == []
+        again.close()
+
+
+class Slow(deque[Any]):
+    """A job is out of the queue, and not begun."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out, self.go = threading.Event(), threading.Event()
+
+    def popleft(self) -> Any:
+        job = super().popleft()
+        self.out.set()
+        assert self.go.wait(120)
+        return job
+
+
+def test_I1_a_writer_is_busy_from_the_moment_it_is_given_something() -> None:
+    """Whoever asks between two lines of it must not be told that all is on the disk."""
+    writer, jobs, done = Writer(), Slow(), threading.Event()
+    writer._jobs = jobs
+    writer.submit(done.set)
+    assert jobs.out.wait(120)
+    busy = writer.busy
+    jobs.go.set()
+    assert busy and writer.wait(120) and done.is_set() and not writer.busy
+    writer.stop()
 
 
 def test_a_copy_that_does_not_fit_is_no_copy(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -175,6 +175,22 @@ def test_the_file_is_what_was_hashed_even_if_a_buffer_changes_meanwhile(disk: Pa
     assert entry == local.digest(disk / "file")
 
 
+def test_a_tensor_has_the_hash_of_what_was_written_even_if_it_changes_meanwhile(disk: Path) -> None:
+    shared = bytearray(content(8 * BUFFER))
+
+    class Changed(Each):
+        """Right before it is hashed."""
+
+        def update(self, data: memoryview) -> None:
+            shared[:] = bytes(len(shared))
+            super().update(data)
+
+    each = Changed([len(shared)])
+    local.write(disk / "file", [memoryview(shared)], size=len(shared), each=each)
+    data = (disk / "file").read_bytes()
+    assert any(data) and each.told == [checksum.of(memoryview(data))]
+
+
 def test_a_length_that_was_announced_wrongly_is_an_error(disk: Path) -> None:
     for size in (3 * BUFFER - 1, 3 * BUFFER + 1, 9 * BUFFER):
         announced = size if size > 3 * BUFFER else 4 * BUFFER

@@ -19,9 +19,10 @@ from lastgood.model import Record
 from lastgood.policy import Keep
 from lastgood.repo import bin
 from lastgood.repo.read import records
-from lastgood.repo.staging import Staging
+from lastgood.repo.staging import Staging, open_staging
 from lastgood.store import direct, local
 from lastgood.store.dissolve import STEP, dissolve
+from lastgood.store.fs import AnyPath
 from lastgood.store.together import together
 from lastgood.testing import Fault, Faulty, FileSystem, Model, Recorder, cuts, using
 from lastgood.writer import NICE
@@ -205,6 +206,48 @@ def test_where_calls_are_counted_one_comes_after_the_other() -> None:
     with using(Faulty()):
         together([lambda n=n: seen.append((n, threading.current_thread().name)) for n in range(9)], limit=4)  # type: ignore[misc]
     assert seen == [(n, threading.current_thread().name) for n in range(9)]
+
+
+class Second(FileSystem):
+    """One of the files is written no sooner than another one is through, and a little later still."""
+
+    def __init__(self) -> None:
+        self.through, self.told, self.last = threading.Event(), threading.Event(), -1
+        self.written: list[int] = []
+
+    def open(self, path: AnyPath, flags: int, mode: int = 0o666) -> int:
+        handle = super().open(path, flags, mode)
+        if os.fspath(path).endswith("last"):
+            self.last = handle
+        return handle
+
+    def write(self, handle: int, data: bytes | memoryview) -> int:
+        if handle == self.last:
+            assert self.through.wait(120)
+            self.told.wait(0.5)  # whoever tells of it has the time to do so too early
+        count = super().write(handle, data)
+        self.written.append(handle)
+        return count
+
+    def close(self, handle: int) -> None:
+        super().close(handle)
+        self.through.set()
+
+
+def test_what_tells_of_the_others_is_made_when_all_of_them_are_written(tmp_path: Path) -> None:
+    disk, seen, staging = Second(), list[int](), open_staging(tmp_path)
+    with using(disk):
+
+        def about() -> bytes:
+            disk.told.set()
+            seen.append(len(disk.written))
+            return b"{}"
+
+        staging.data("about.json", "model", about)
+        staging.data("last", "model", b"x")
+        staging.data("first", "model", b"x")
+        staging.flush()
+    assert seen == [2]
 
 
 class Nice(FileSystem):

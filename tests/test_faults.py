@@ -13,6 +13,7 @@ from lastgood.testing import Model, Recorder, cuts, using
 
 from faults import lanes
 from faults.acts import take_in
+from faults.mutants import MUTANTS, PACKAGE
 from faults.operations import OPERATIONS, Operation
 from faults.runs import stock
 
@@ -53,6 +54,24 @@ def test_I4_a_crash_in_the_recovery_from_a_crash(operation: Operation, quick: Pa
 @every_operation
 def test_I1_I6_a_look_that_fails(operation: Operation, quick: Path) -> None:
     tried("look", operation, quick)
+
+
+@pytest.mark.parametrize(
+    ("operation", "call", "least"),
+    [("save_lazily(three)", "touch", 3), ("save_spoilt(three)", "touch", 3), ("save_and_free(three)", "truncate", 5)],
+)
+def test_lanes_stop_in_the_middle_of_a_copy_and_of_a_file_that_is_given_back(
+    operation: str, call: str, least: int, quick: Path
+) -> None:
+    assert lanes.Bench(lanes.named(operation), quick).calls.count(call) >= least
+
+
+def test_every_mutant_has_something_to_change() -> None:
+    """A mutant whose text is gone shows nothing any more."""
+    for mutant in MUTANTS:
+        count = (PACKAGE / mutant.file).read_text().count(mutant.old)
+        assert count == 1, f"{mutant.name}: {mutant.file} has that text {count} times"
+    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
 
 
 @pytest.mark.parametrize("model", ["ordered", "posix"])

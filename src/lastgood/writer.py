@@ -49,7 +49,8 @@ class Writer:
     @property
     def busy(self) -> bool:
         """Whether anything is still to be done."""
-        return self.mine and (self._working or bool(self._jobs))
+        # In this order: what isn't waiting any more is being worked at, and says so before it is taken out.
+        return self.mine and (bool(self._jobs) or self._working)
 
     @property
     def here(self) -> bool:
@@ -122,8 +123,8 @@ class Writer:
                     if self._stopping or not (self._changed.wait(IDLE) or self._jobs):
                         self._thread = None
                         return
-                job = self._jobs.popleft()
                 self._working = True
+                job = self._jobs.popleft()
             self._do(job)
             del job  # what it holds may be large
             with self._changed:
