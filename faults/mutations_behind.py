@@ -129,13 +129,6 @@ BEHIND: Sequence[Mutant] = (
         "test_background.py",
     ),
     Mutant(
-        "what was given up is committed behind a close",
-        "manager.py",
-        "                if self._lock is not save.lock:\n",
-        "                if False:\n",
-        "test_background.py -k given_up",
-    ),
-    Mutant(
         "a save that failed is still known as saved",
         "manager.py",
         "                    self.saved.pop(save.step, None)\n",
