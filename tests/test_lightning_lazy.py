@@ -102,6 +102,24 @@ def test_I9_the_same_checkpoints_and_the_same_training(case: Case, tmp_path: Pat
         assert callback.report is not None and outcome(resumed) == outcome(plain)
 
 
+class Asks(pl.Callback):
+    """What a program reads of the callback while training goes on."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+        self.told.append(Path(trainer.checkpoint_callback.best_model_path).name)
+
+
+def test_which_one_is_the_best_is_answered_by_the_disk(tmp_path: Path) -> None:
+    case, before, now = Case("asked", options={"monitor": "train_loss", "save_top_k": 2}, every=1), Asks(), Asks()
+    case.fit(tmp_path / "a", before)
+    with fs.using(Late(3)):
+        behind(case).fit(tmp_path / "b", now, Paced(late(3)))
+    assert now.told == before.told and len(set(before.told)) > 3
+
+
 def killed(case: Case, root: Path, seed: int, at: int) -> None:
     with fs.using(Late(seed)):
         case.fit(root, StopAt(at, lambda: os.kill(os.getpid(), signal.SIGKILL)), Paced(late(seed)))

@@ -38,7 +38,9 @@ class Shown:
     @property
     def best_model_path(self) -> str:
         """The best checkpoint's directory by the monitor, without one the newest; "" if there is none."""
-        if self._session is None and self.dirpath is not None:
+        if self._session is not None:
+            self._session.settle()
+        if self.dirpath is not None:
             self._refresh()
         return self._best_path
 
