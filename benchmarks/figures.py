@@ -100,6 +100,8 @@ def write(file: Path | None, benchmark: str, **facts: Any) -> dict[str, Any]:
     for option in ("--json", "--plot", "--place"):
         if option in words:
             del words[words.index(option) : words.index(option) + 2]
+    if "--install" in words[:-1]:
+        words[words.index("--install") + 1] = "DIRECTORY"
     document = {
         "schema": SCHEMA,
         "benchmark": benchmark,

@@ -47,6 +47,7 @@ def bench(name: str, out: Path, *words: str, plot: bool = False) -> dict[str, An
 def test_stall(tmp_path: Path) -> None:
     words = ["--state", "tiny", "--every", "1", "--saves", "2", "--repeat", "1", "--threads", "1"]
     document = bench("stall", tmp_path, *words, "--only", "orbax", "lastgood background")
+    assert document["command"].startswith("scripts/bench stall --state tiny --every 1")
     assert set(document["runs"]) == {"nothing", "lastgood background"}
     assert list(document["missing"]) == ["orbax"]
     for way, (run,) in document["runs"].items():
