@@ -82,9 +82,30 @@ BEHIND: Sequence[Mutant] = (
     Mutant(
         "a step begins and the window stays open",
         "state/steps.py",
-        "        self._window.finish()\n        self._seen.add(id(optimizer))\n",
-        "        self._seen.add(id(optimizer))\n",
+        "        if later is None:\n            self._ends()\n",
+        "",
         "test_lazy.py -k I9_the_same",
+    ),
+    Mutant(
+        "behind a closure the window stays open",
+        "state/closures.py",
+        "        found = closure()  # what it raises ends the step, which has changed nothing so far\n        act()\n",
+        "        found = closure()\n",
+        "test_closures.py",
+    ),
+    Mutant(
+        "whatever an optimizer does before its closure is thought to be nothing",
+        "state/closures.py",
+        "    if kind.__name__ not in OWN or not _torchs(kind.__module__):\n        return False\n",
+        "",
+        "test_closures.py",
+    ),
+    Mutant(
+        "a grace that is over is none",
+        "grace.py",
+        "        return self.usable == 0.0\n",
+        "        return False\n",
+        "test_grace.py",
     ),
     Mutant(
         "an optimizer that nobody heard of is relied on",
@@ -124,8 +145,8 @@ BEHIND: Sequence[Mutant] = (
     Mutant(
         "two saves under way",
         "manager.py",
-        '        self.settle()\n        self.owed = ""\n',
-        '        self.owed = ""\n',
+        "        self.settle()\n        # Also of one that nobody called the last",
+        "        # Also of one that nobody called the last",
         "test_background.py",
     ),
     Mutant(
@@ -173,7 +194,7 @@ BEHIND: Sequence[Mutant] = (
     Mutant(
         "a close doesn't wait for the writer",
         "behind.py",
-        "        if not self._writer.end():\n",
+        "        if not self._writer.end(self.grace.usable):\n",
         "        if False:\n",
         "test_background.py",
     ),

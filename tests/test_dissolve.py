@@ -19,7 +19,7 @@ from lastgood.model import Record
 from lastgood.policy import Keep
 from lastgood.repo import bin
 from lastgood.repo.read import records
-from lastgood.repo.staging import Staging, open_staging
+from lastgood.repo.staging import APART, Staging, open_staging
 from lastgood.store import direct, local
 from lastgood.store.dissolve import STEP, dissolve
 from lastgood.store.fs import AnyPath
@@ -244,8 +244,8 @@ def test_what_tells_of_the_others_is_made_when_all_of_them_are_written(tmp_path:
             return b"{}"
 
         staging.data("about.json", "model", about)
-        staging.data("last", "model", b"x")
-        staging.data("first", "model", b"x")
+        staging.data("last", "model", b"x" * APART)  # together they are enough for two that write
+        staging.data("first", "model", b"x" * APART)
         staging.flush()
     assert seen == [2]
 
