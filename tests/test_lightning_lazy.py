@@ -175,9 +175,9 @@ class Acting(pl.Callback):
     def on_before_backward(self, trainer: Any, module: Any, loss: Any) -> None:
         session = trainer.checkpoint_callback._session
         if trainer.global_step == 4 and session is not None and not self.open:
-            assert session.manager.background is None or not session.manager.background.lazy or self.gate.held.wait(120)
             window = session.manager._window
             self.open.append(isinstance(window, Lazy) and window.open)
+            assert not self.open[0] or self.gate.held.wait(120)
             self.act(module)
             self.gate.go.set()
 
