@@ -98,6 +98,8 @@ def main() -> None:
     if args.repeat < 1:
         parser.error("--repeat is at least 1")
 
+    import torch  # noqa: F401 (imported once, before the forks)
+
     runs: dict[str, dict[str, list[dict[str, float]]]] = {}
     for name in track(args.state, "states"):
         place = Path(tempfile.mkdtemp(dir=args.place))
