@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -168,14 +169,22 @@ TRUSTED = [adamw, scheduled, lbfgs]
 UNTRUSTED = [before, ready, hooked, replacing, patched]
 
 
-def trained(root: Path, make: Callable[[Any], Any], seen: Seen, wait: Callable[[int], object] | None) -> None:
+def trained(
+    root: Path,
+    make: Callable[[Any], Any],
+    seen: Seen,
+    wait: Callable[[int], object] | None,
+    around: Callable[[int], AbstractContextManager[object]] = nullcontext,
+) -> None:
+    """Three steps with a save behind each. around: each step, by its number."""
     torch.manual_seed(3)
     model = Net()
     optimizer = make(lazily.trained(model))
     with lazily.manager(root, wait, model=model, optimizer=optimizer) as ckpt:
         seen.ckpt = ckpt
         for number in range(ckpt.restore(), 3):
-            seen.step(model, optimizer)
+            with around(number):
+                seen.step(model, optimizer)
             ckpt.step(number + 1)
 
 
@@ -191,24 +200,21 @@ def test_I9_the_window_lasts_until_the_closure_is_over(make: Callable[[Any], Any
         """Not before the step has begun that comes behind the save."""
         gates[min(len(records(first)), 1)](left) if len(records(first)) < 2 else None
 
-    torch.manual_seed(3)
-    model = Net()
-    optimizer = make(lazily.trained(model))
-    with lazily.manager(first, wait, model=model, optimizer=optimizer) as ckpt:
-        seen.ckpt = ckpt
-        for number in range(ckpt.restore(), 3):
-            if number:
-                window = lazily.window(ckpt)
-                assert window is not None and window.open
-                assert gates[number - 1].held.wait(120)
-            before = len(seen.open)
-            seen.step(model, optimizer)
-            if number:
-                assert not window.open, "nothing changed before it was copied"
-                assert seen.open[before] == (make in TRUSTED)
-                assert not any(seen.open[before + 1 :]), "closed behind the first call"
-                gates[number - 1].go.set()
-            ckpt.step(number + 1)
+    @contextmanager
+    def around(number: int) -> Iterator[None]:
+        if not number:
+            yield
+            return
+        window, before = lazily.window(seen.ckpt), len(seen.open)
+        assert window is not None and window.open
+        assert gates[number - 1].held.wait(120)
+        yield
+        assert not window.open, "nothing changed before it was copied"
+        assert seen.open[before] == (make in TRUSTED)
+        assert not any(seen.open[before + 1 :]), "closed behind the first call"
+        gates[number - 1].go.set()
+
+    trained(first, make, seen, wait, around)
     assert content(first) == content(tmp_path / "a") and len(content(first)) == 3
 
 
