@@ -64,7 +64,8 @@ def little(monkeypatch: pytest.MonkeyPatch) -> None:
     """Buffers of 16 KiB, and every file with as many bytes is large."""
     if sys.platform != "linux":
         pytest.skip("there is no writing past the page cache but on Linux")
-    for name, value in {"BUFFER": BUFFER, "PIECE": BUFFER // 4, "LARGE": BUFFER, "_idle": []}.items():
+    sizes = {"BUFFER": BUFFER, "STEP": BUFFER, "PIECE": BUFFER // 4, "LARGE": BUFFER, "_idle": []}
+    for name, value in sizes.items():
         monkeypatch.setattr(direct, name, value)
 
 
@@ -106,6 +107,7 @@ def written(path: Path, chunks: list[bytes], *, sync: bool = True, each: Each | 
 
 @given(lengths=st.lists(st.one_of(st.integers(0, 50), st.integers(0, 3 * BUFFER)), max_size=30), data=st.data())
 def test_any_sequence_of_buffers_gives_the_same_bytes_and_hash(lengths: list[int], data: st.DataObject) -> None:
+    direct.STEP = data.draw(st.sampled_from([BUFFER // 4, BUFFER]), "step")  # put back by `little`
     whole = content(sum(lengths))
     chunks, at = [], 0
     for length in lengths:
@@ -134,15 +136,20 @@ def test_every_edge_of_blocks_pieces_and_buffers(place: Path) -> None:
 
 
 def test_with_the_sizes_that_are_in_use(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"BUFFER": 8 << 20, "PIECE": 1 << 19, "LARGE": 16 << 20, "_idle": []}.items():
+    sizes = {"BUFFER": 8 << 20, "STEP": 1 << 20, "PIECE": 1 << 19, "LARGE": 4 << 20, "_idle": []}
+    for name, value in sizes.items():
         monkeypatch.setattr(direct, name, value)
     watched = Watched()
     for size in (direct.LARGE - 1, direct.LARGE, direct.LARGE + 4097):
         with using(watched):
             entry = written(disk / str(size), [content(size)])
         assert entry == local.digest(disk / str(size)) and entry.size == size
-    assert [w.direct for w in watched.writes] == [False, *[True] * 2, *[True] * 3, False]
+    assert [w.direct for w in watched.writes] == [False, *[True] * 4, *[True] * 5, False]
     assert watched.writes[-1].count == 1
+    for size, step in ((40 << 20, 2 << 20), (200 << 20, 8 << 20)):  # a sixteenth at a time, in whole MiB
+        with using(watched := Watched()):
+            written(disk / str(size), [content(1 << 20)] * (size >> 20))
+        assert {w.count for w in watched.writes[:-1]} == {step}
 
 
 def test_all_but_less_than_a_block_goes_past_the_page_cache(disk: Path) -> None:

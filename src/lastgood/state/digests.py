@@ -51,22 +51,26 @@ class File(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What some files hold. objects: by id of the tensors, which `files` keeps; places: by their identity."""
+    """What some files hold. objects: by id of the tensors, which `files` keeps; places: by their identity; starts:
+    where their memory begins."""
 
     files: Sequence[File]
     objects: dict[int, Place]
     places: dict[tuple[Any, ...], Place]
+    starts: frozenset[int]
 
     @classmethod
     def of(cls, files: Sequence[File]) -> Held:
         every = [((f.name, name), tensor) for f in files for name, tensor in f.tensors.items() if tensor.numel()]
         objects, places = {id(tensor): place for place, tensor in every}, {identity(t): place for place, t in every}
-        return cls(files, objects, places)
+        return cls(files, objects, places, frozenset(at[0] for at in places))
 
     def where(self, tensor: torch.Tensor) -> Place | None:
         """Where a file holds this very tensor, if one does."""
         place = self.objects.get(id(tensor))  # nearly always the same object; its identity takes ten times as long
-        return place or (self.places.get(identity(tensor)) if tensor.numel() else None)
+        if place or not tensor.numel() or (_dense(tensor) and tensor.data_ptr() not in self.starts):
+            return place
+        return self.places.get(identity(tensor))
 
     def split(self, live: Mapping[str, torch.Tensor], prints: Fingerprints) -> tuple[dict[str, str], dict[str, Place]]:
         """(digests of what has to be hashed now, or was hashed before; where the others are)."""
@@ -88,6 +92,11 @@ class Held:
 
 def identity(tensor: torch.Tensor) -> tuple[Any, ...]:
     """What two names of the very same tensor have in common; one without memory of its own is like no other."""
-    if tensor.layout is not torch.strided or not tensor.data_ptr():
+    if not _dense(tensor):
         return (id(tensor),)
     return (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
+
+
+def _dense(tensor: torch.Tensor) -> bool:
+    """Whether it has memory of its own."""
+    return tensor.layout is torch.strided and bool(tensor.data_ptr())

@@ -12,14 +12,17 @@ from typing import Any
 
 import torch
 
-from lastgood.state.members import members
+from lastgood.state.members import Members, members
 from lastgood.state.optimizer import clean
 from lastgood.state.tensors import digest
 
 
-def live_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter and buffer once, persistent or not; a tied tensor goes under its first name."""
-    parameters, buffers = members(model)
+def live_tensors(model: torch.nn.Module, every: Members | None = None) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer once, persistent or not; a tied tensor goes under its first name.
+
+    every: `members(model)`, if that is known.
+    """
+    parameters, buffers = every or members(model)
     tensors = {clean(name): parameter for name, parameter in parameters.items() if not parameter.is_meta}
     for name, buffer in buffers.items():
         if not buffer.is_meta:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+Members = tuple[dict[str, Tensor], dict[str, Tensor]]
+"""Parameters and buffers, by name."""
+
 _ROOT = ("named_modules", "named_parameters", "named_buffers", "_named_members")
 
 
-def members(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(parameters, buffers) by name, as `named_parameters` and `named_buffers` have them, in their order.
+def members(model: nn.Module) -> Members:
+    """By name, as `named_parameters` and `named_buffers` have them, in their order.
 
     A tensor that several modules share comes once, under its first name.
     """

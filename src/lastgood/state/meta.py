@@ -8,13 +8,16 @@ import torch
 
 from lastgood.errors import IncompleteRestore
 from lastgood.state.match import some
-from lastgood.state.members import members
+from lastgood.state.members import Members, members
 from lastgood.state.optimizer import clean
 
 
-def unfilled(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters and buffers on the meta device, by name; {} for a model whose hooks keep the values elsewhere."""
-    parameters, buffers = members(model)
+def unfilled(model: torch.nn.Module, every: Members | None = None) -> dict[str, torch.Tensor]:
+    """The parameters and buffers on the meta device, by name; {} for a model whose hooks keep the values elsewhere.
+
+    every: `members(model)`, if that is known.
+    """
+    parameters, buffers = every or members(model)
     found = {clean(name): tensor for name, tensor in {**parameters, **buffers}.items() if tensor.is_meta}
     if found and any(hasattr(module, "_hf_hook") for module in model.modules()):
         return {}

@@ -9,8 +9,7 @@ restore each live tensor is found by its digest, whatever its name on disk.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,10 +21,12 @@ from lastgood.errors import Incompatible, IncompleteRestore
 from lastgood.state.conversions import converted
 from lastgood.state.digests import Digests, Held, identity
 from lastgood.state.fingerprint import Fingerprints, live_tensors
+from lastgood.state.known import Known
 from lastgood.state.match import some
-from lastgood.state.members import members
+from lastgood.state.members import Members, members
 from lastgood.state.meta import all_filled, give_memory
 from lastgood.state.optimizer import clean
+from lastgood.state.replaced import replaced
 from lastgood.state.stored import Stored, fill, open_to
 from lastgood.state.tensors import by_digest, digest, holds, same_bits, signature
 from lastgood.store.checksum import kind_of
@@ -82,24 +83,8 @@ def taken_over(directory: str) -> Iterator[list[TensorFile]]:
 
         return save
 
-    with _replaced([(module, name, taking) for module, name in WRITERS] + [("torch", "save", skipping)]):
+    with replaced([(module, name, taking) for module, name in WRITERS] + [("torch", "save", skipping)]):
         yield files
-
-
-@contextmanager
-def _replaced(changes: list[tuple[str, str, Callable[[Any], Any]]]) -> Iterator[None]:
-    originals = []
-    try:
-        for module_name, attribute, wrap in changes:
-            module = sys.modules.get(module_name)
-            original = getattr(module, attribute, None)
-            if module is not None and original is not None:
-                originals.append((module, attribute, original))
-                setattr(module, attribute, wrap(original))
-        yield
-    finally:
-        for module, attribute, original in reversed(originals):
-            setattr(module, attribute, original)
 
 
 @dataclass(slots=True)
@@ -107,11 +92,12 @@ class Coverage:
     """Remembers, per run, what the model was at the start, and what was tried once.
 
     proven: live tensors that the conversions lead back to. stored: those that nothing leads back to, which are
-    stored under their live names.
+    stored under their live names. known: what the last save found out.
     """
 
     initial: dict[str, str]
     prints: Fingerprints
+    known: Known = field(default_factory=Known)
     proven: set[str] = field(default_factory=set)
     stored: set[str] = field(default_factory=set)
 
@@ -120,6 +106,25 @@ class Coverage:
         """To be called before training or a restore changes the model."""
         prints = Fingerprints()
         return cls(initial=prints.of(live_tensors(model)), prints=prints)
+
+    def look(self, model: torch.nn.Module, every: Members) -> None:
+        """A save begins, of these: what the last one found out holds as long as the model is built the same."""
+        self.known.look(model, every)
+
+    @contextmanager
+    def collecting(self, model: torch.nn.Module, directory: str) -> Iterator[list[TensorFile]]:
+        """`taken_over` for the save_pretrained of this model."""
+        with taken_over(directory) as files, self.known.reused(model):
+            yield files
+
+    def aliases(self, model: torch.nn.Module, files: Sequence[TensorFile]) -> dict[str, str]:
+        """See `aliases`."""
+        names = tuple(name for file in files for name in file.tensors)
+        return self.known.once(("aliases", names), lambda: aliases(model, names))
+
+    def computed(self, model: torch.nn.Module) -> set[str]:
+        """See `computed`."""
+        return self.known.once("computed", lambda: computed(model))
 
     def extras(
         self, model: torch.nn.Module, live: Mapping[str, torch.Tensor], files: list[TensorFile]
@@ -154,12 +159,12 @@ class Coverage:
         return digests, {name: live[name] for name in lost if name in self.stored}
 
 
-def aliases(model: torch.nn.Module, files: Iterable[TensorFile]) -> dict[str, str]:
+def aliases(model: torch.nn.Module, stored: Collection[str]) -> dict[str, str]:
     """Further name -> stored name, of tensors that the model's state dict has under several names: tied ones.
 
     save_pretrained stores them once; whoever loads the files without the model's class can't know the other names.
     """
-    stored = {name for file in files for name in file.tensors}
+    stored = set(stored)
     names: dict[tuple[Any, ...], list[str]] = {}
     for key, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, torch.Tensor) and tensor.numel():

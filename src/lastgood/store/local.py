@@ -64,7 +64,7 @@ def write(
     try:
         try:
             if size is not None and size >= direct.LARGE and direct.begin(handle, size):
-                entry = direct.write(handle, chunks, each)
+                entry = direct.write(handle, chunks, size, each)
             else:
                 entry = _fill(handle, chunks, each)
             if os.fstat(handle).st_size != entry.size:

@@ -13,15 +13,15 @@ from lastgood.errors import NotSupported, UsageError
 from lastgood.integrations.torch.exchange import Reading, Ready, Writing
 from lastgood.integrations.torch.stamp import Stamp
 from lastgood.state import tree, weights
-from lastgood.state.card import same_card
 from lastgood.state.digests import identity
 from lastgood.state.fingerprint import live_tensors
 from lastgood.state.match import Match
+from lastgood.state.members import Members, members
 from lastgood.state.meta import unfilled
 from lastgood.state.optimizer import clean
 from lastgood.state.partial import by_name
 from lastgood.state.tensors import named
-from lastgood.state.weights import Coverage, TensorFile, taken_over
+from lastgood.state.weights import Coverage, TensorFile
 
 EXTRA_STATE = "_extra_state"
 """How torch ends the name under which a module's own get_extra_state() is in its state dict."""
@@ -46,7 +46,7 @@ class Model:
     module: torch.nn.Module
     _coverage: Coverage = field(init=False)
     _tracked: tuple[torch.Tensor, ...] = ()
-    _card: dict[str, bytes] = field(default_factory=dict)
+    _every: Members = field(default_factory=lambda: ({}, {}))  # as `live` found them last
 
     def __post_init__(self) -> None:
         self.module = unwrapped(self.module)
@@ -62,7 +62,9 @@ class Model:
     def live(self) -> dict[str, torch.Tensor]:
         """Every parameter and buffer, under the name that optimizers' states use."""
         prefix = "" if self.name == "model" else f"{self.name}."
-        return {prefix + name: tensor for name, tensor in {**live_tensors(self.module), **self.empty}.items()}
+        every = self._every = members(self.module)
+        found = {**live_tensors(self.module, every), **unfilled(self.module, every)}
+        return {prefix + name: tensor for name, tensor in found.items()}
 
     @property
     def empty(self) -> dict[str, torch.Tensor]:
@@ -71,7 +73,7 @@ class Model:
 
     def estimate(self) -> int:
         adapter = hasattr(self.module, "peft_config")
-        live = live_tensors(self.module).values()
+        live = self._tracked or live_tensors(self.module).values()
         return sum(t.numel() * t.element_size() for t in live if t.requires_grad or not adapter)
 
     def stamp(self) -> Stamp:
@@ -88,8 +90,9 @@ class Model:
     # ---- writing -------------------------------------------------------------------------
 
     def write(self, out: Writing) -> None:
-        live = live_tensors(self.module)
+        live = live_tensors(self.module, self._every)  # whoever made `out` has asked for them
         self._tracked = tuple(live.values())
+        self._coverage.look(self.module, self._every)
         files, about = self._files(out, live)
         digests, extras = self._coverage.extras(self.module, live, files)
         if extras:
@@ -98,7 +101,7 @@ class Model:
             told = digests.of(file.name)
             out.staging.tensors(file.name, "model", named(file.tensors), file.metadata, told=told)
         about |= {"tensors": digests, "files": [file.name for file in files]}
-        computed = weights.computed(self.module) & set(digests.names)
+        computed = self._coverage.computed(self.module) & set(digests.names)
         about["unstored"], about["transient"] = sorted(computed - set(extras)), sorted(computed & set(extras))
         if self.name == "model":
             out.digests.update(about)
@@ -120,10 +123,10 @@ class Model:
         `own`: names that only the model's state_dict has, neither parameters nor buffers."""
         if self._pretrained:
             place = out.staging.path if self.name == "model" else os.path.join(out.staging.path, self.name)
-            with taken_over(out.staging.path) as files, same_card(self.module, self._card):
+            with self._coverage.collecting(self.module, out.staging.path) as files:
                 self.module.save_pretrained(place)  # type: ignore[operator]
             out.staging.adopt("model")
-            tied = weights.aliases(self.module, files)
+            tied = self._coverage.aliases(self.module, files)
             return files, {"aliases": tied} if tied else {}
         tensors: dict[str, torch.Tensor] = {}
         about: dict[str, Any] = {}

@@ -16,11 +16,11 @@ from lastgood.format.digests import FORMAT
 from lastgood.integrations.transformers import extras
 from lastgood.repo.staging import Staging
 from lastgood.state import optimizer, rng, tree
-from lastgood.state.card import same_card
 from lastgood.state.data import Position
+from lastgood.state.members import members
 from lastgood.state.rng import Rng
 from lastgood.state.tensors import named
-from lastgood.state.weights import Coverage, aliases, computed, taken_over
+from lastgood.state.weights import Coverage
 
 TENSOR_METADATA = {"format": "pt"}
 
@@ -47,22 +47,22 @@ def write(
     live: Mapping[str, torch.Tensor],
     coverage: Coverage,
     moment: Moment,
-    card: dict[str, bytes],
 ) -> None:
     """Stage everything: weights through save_model, the rest by ourselves, no pickle anywhere.
 
-    live: the model's tensors as they are now. card: the run's memory of its model card, empty before the first save.
+    live: the model's tensors as they are now.
     """
-    with taken_over(staging.path) as files, same_card(trainer.model, card):
+    coverage.look(trainer.model, members(trainer.model))
+    with coverage.collecting(trainer.model, staging.path) as files:
         trainer.save_model(staging.path, _internal_call=True)
     digests, beside = coverage.extras(trainer.model, live, files)
     for file in files:
         staging.tensors(file.name, "model", named(file.tensors), file.metadata, told=digests.of(file.name))
     if beside:
         staging.tensors("extra.safetensors", "model", named(beside), TENSOR_METADATA)
-    made = computed(trainer.model) & set(digests.names)
+    made = coverage.computed(trainer.model) & set(digests.names)
     unstored, transient = sorted(made - set(beside)), sorted(made & set(beside))
-    tied = aliases(trainer.model, files)
+    tied = coverage.aliases(trainer.model, files)
     about = {"unstored": unstored, "transient": transient, **({"aliases": tied} if tied else {})}
     staging.data("tensors.json", "model", lambda: _json({"format": FORMAT, "tensors": digests.all(), **about}))
     for name in guard.NAMES:

@@ -141,7 +141,7 @@ class Session:
         self.finished, self.caught_up, self.evaluate, self.evaluating = False, True, False, None
         self.where, self.saved_step, self.planned, self.owed = "step", -1, False, False
         self.left, self.place, self.window, self.unsure = False, None, None, False
-        self.unsaved_metrics, self.changed, self.card = {}, [], {}
+        self.unsaved_metrics, self.changed = {}, []
 
     @property
     def live(self) -> Manager:
@@ -274,7 +274,7 @@ class Session:
         def write(staging: Staging) -> None:
             if self.unsure:  # the last save is there now, and this one says which was the best until here
                 self._set_best(self.live.seen())
-            capture.write(trainer, staging, live=live, coverage=coverage, moment=moment, card=self.card)
+            capture.write(trainer, staging, live=live, coverage=coverage, moment=moment)
 
         begun = time.monotonic()
         record = self.live.save(
