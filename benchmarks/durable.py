@@ -45,7 +45,9 @@ def raw(count: int, path: Path) -> None:
     from benchmarks.ways import safe
 
     whole = -(-count // 4096) * 4096
-    block = memoryview(mmap.mmap(-1, min(8 << 20, whole)))
+    memory = mmap.mmap(-1, min(8 << 20, whole))
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    block = memoryview(memory)
     block[:] = b"\1" * len(block)
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_DIRECT)
     os.posix_fallocate(handle, 0, whole)

@@ -1,8 +1,9 @@
 """How the cost of saves and restores grows: with the bytes of a state, and with the number of its tensors.
 
-Saves before training goes on, the stall of saves in the background, verified restores, and torch.save with an fsync
-beside them, each state in a process of its own, in turn. The exponent is the slope between two sizes on logarithmic
-axes: 1 is linear, less is a fixed cost that is shared out; more than that would be a cost for each pair of things.
+Saves before training goes on, the stall of saves in the background, verified restores, and beside them torch.save with
+an fsync and the bare disk, each state in a process of its own, in turn. The exponent is the slope between two sizes on
+logarithmic axes: 1 is linear, less is a fixed cost that is shared out; more than that would be a cost for each pair of
+things.
 
     python benchmarks/scaling.py [--most 1e9] [--tensors 100000] [--repeat 3]
 """
@@ -27,7 +28,7 @@ from rich.progress import track
 
 from benchmarks import figures
 
-COSTS = ("save", "background stall", "restore", "torch.save + fsync")
+COSTS = ("save", "background stall", "restore", "torch.save + fsync", "raw O_DIRECT")
 SAVES = 3
 """In a process; the first one isn't counted."""
 STEEP = 1.2
@@ -54,6 +55,7 @@ def measure(count: int, elements: int, place: Path) -> dict[str, float]:
     import torch
 
     import lastgood
+    from benchmarks.durable import raw
     from benchmarks.states import Small, State
     from benchmarks.ways import TorchSaveSynced
 
@@ -87,6 +89,11 @@ def measure(count: int, elements: int, place: Path) -> dict[str, float]:
         times.append(_timed(lambda number=number: way.save(number)))  # type: ignore[misc]
         way.path(number).unlink()
     found["torch.save + fsync"] = figures.middle(times)
+    times = []
+    for _ in range(SAVES):
+        times.append(_timed(lambda: raw(way.state.bytes, place / "raw")))
+        (place / "raw").unlink()
+    found["raw O_DIRECT"] = figures.middle(times)
     return found
 
 

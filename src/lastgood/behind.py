@@ -110,7 +110,7 @@ class Behind(Holding):
                 with suppress(Short):  # the save itself says so
                     self._arena.ready(count, until=lambda: self._awaited)
             with suppress(OSError):  # so does this: a lack of memory here is no save that failed
-                direct.ready()
+                direct.ready(count)
             also()
 
         if count >= direct.LARGE:

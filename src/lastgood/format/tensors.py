@@ -27,8 +27,8 @@ HEADER_LIMIT = 100 << 20
 ALIGNED = 64
 """Bytes: on the CPU torch begins each tensor at a multiple of it (gAlignment in its c10/core/alignment.h)."""
 
-SMALL = 1 << 16
-"""Bytes (64 KiB) below which tensors are gathered before they are written."""
+SMALL = 1 << 14
+"""Bytes (16 KiB) below which tensors are gathered before they are written."""
 GATHERED = 1 << 19
 """Bytes (512 KiB) of what is gathered: it stays in the cache of the processor."""
 

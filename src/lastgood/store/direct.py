@@ -8,7 +8,7 @@ file holds is durable no sooner than before: the sync that follows is what makes
 from __future__ import annotations
 
 import errno
-import mmap
+import itertools
 import sys
 import threading
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from lastgood.model import FileEntry
-from lastgood.store import fs
+from lastgood.store import fs, pages
 from lastgood.store.checksum import Each, Sum
 
 LARGE = 4 << 20
@@ -51,10 +51,15 @@ _KEPT = 2
 """Sets of buffers that stay for the next file (24 MiB each)."""
 
 
-def ready() -> None:
-    """Have the buffers that are kept before the first file needs them. Not where no file is written in this way."""
+def ready(size: int) -> None:
+    """Have the buffers that are kept, and of their memory what a file of so many bytes needs, before it needs them.
+
+    Not where no file is written in this way.
+    """
     if sys.platform == "linux":
-        _idle.extend([_aligned() for _ in range(BUFFERS)] for _ in range(_KEPT - len(_idle)))
+        _idle.extend(_fresh() for _ in range(_KEPT - len(_idle)))
+        for buffer in itertools.chain.from_iterable(_idle):
+            pages.fault_in(buffer.obj, 0, _step(size))
 
 
 def begin(handle: int, size: int) -> bool:
@@ -84,7 +89,7 @@ def write(handle: int, chunks: Iterable[Any], size: int, each: Each | None = Non
 
     Nothing is being written any more then, unless `busy` says so.
     """
-    whole, step = Sum(), min(BUFFER, max(STEP, size // STEPS // STEP * STEP))
+    whole, step = Sum(), _step(size)
     buffers = _buffers()
     out = _Out(handle, buffers)
     try:
@@ -207,11 +212,13 @@ def _buffers() -> list[memoryview]:
     try:
         return _idle.pop()  # in one step: another thread may be writing a file as well
     except IndexError:
-        return [_aligned() for _ in range(BUFFERS)]
+        return _fresh()
 
 
-def _aligned() -> memoryview:
-    # Private: a process that was forked meanwhile must not fill the buffers of this one. Faulted in at once: page by
-    # page, while they are filled, takes longer.
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)
-    return memoryview(mmap.mmap(-1, BUFFER, flags=flags))
+def _fresh() -> list[memoryview]:
+    return [memoryview(pages.mapped(BUFFER)) for _ in range(BUFFERS)]
+
+
+def _step(size: int) -> int:
+    """Bytes that the disk is asked for at a time, for a file of so many."""
+    return min(BUFFER, max(STEP, size // STEPS // STEP * STEP))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from lastgood.store import pages
 
 BLOCK = 16 << 20
 """Bytes (16 MiB) taken from the system at least."""
@@ -14,8 +15,6 @@ ALIGN = 64
 """Every copy begins at a multiple of so many bytes."""
 SLICE = 8 << 20
 """Bytes faulted in by one call: the interpreter is held for no longer than that takes."""
-POPULATE_WRITE = 23
-"""madvise(2), MADV_POPULATE_WRITE: since Linux 5.14, and without a name in Python."""
 
 
 class Short(Exception):
@@ -140,31 +139,15 @@ def powers(count: int) -> tuple[int, ...]:
 def _mapped(size: int, until: Callable[[], object]) -> mmap.mmap:
     """Raises Short."""
     try:
-        memory = mmap.mmap(-1, size, **_PRIVATE)
+        memory = pages.mapped(size)
     except (OSError, ValueError, OverflowError, MemoryError):
         raise Short from None
-    _fault_in(memory, until)
+    # Not in data workers that are forked later: a page that the next save writes to would be copied for each of them.
+    pages.advise(memory, "MADV_DONTFORK")
+    for begin in range(0, size, SLICE):
+        if until() or not pages.fault_in(memory, begin, min(SLICE, size - begin)):
+            break
     return memory
-
-
-_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
-
-
-def _fault_in(memory: mmap.mmap, until: Callable[[], object]) -> None:
-    """Large pages, where the system has some; and none of it in data workers that are forked later.
-
-    Without the last, a page that the next save writes to would be copied for each of them.
-    """
-    if not hasattr(memory, "madvise"):
-        return
-    for name in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
-        with suppress(OSError, AttributeError):
-            memory.madvise(getattr(mmap, name))
-    with suppress(OSError):
-        for begin in range(0, len(memory), SLICE):
-            if until():
-                return
-            memory.madvise(POPULATE_WRITE, begin, min(SLICE, len(memory) - begin))
 
 
 def available() -> int | None:
