@@ -359,4 +359,25 @@ BEHIND: Sequence[Mutant] = (
         "not all",
         "test_known.py",
     ),
+    Mutant(
+        "what is in memory is read past it",
+        "store/contents.py",
+        "view[at : at + direct.ALIGNED], at) != 0:",
+        "view[at : at + direct.ALIGNED], at) is None:",
+        "test_cold.py",
+    ),
+    Mutant(
+        "the page in which a file ends is left out",
+        "store/contents.py",
+        "        if whole < len(view):  # so much",
+        "        if False:  # so much",
+        "test_cold.py",
+    ),
+    Mutant(
+        "a read that a file system refuses ends the restore",
+        "store/contents.py",
+        "if error.errno not in direct.REFUSED:",
+        "if True:",
+        "test_cold.py",
+    ),
 )

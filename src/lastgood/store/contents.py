@@ -1,16 +1,20 @@
-"""Whole files read into memory, by several threads, and hashed in the same pass."""
+"""Whole files read into memory, by several threads, and hashed in the same pass.
+
+A large file of which the system has nothing in memory is read past that (O_DIRECT of open(2), Linux), straight to where
+it stays: otherwise the system takes as much memory again for it, and copies it from there.
+"""
 
 from __future__ import annotations
 
 import mmap
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lastgood.model import FileEntry
-from lastgood.store import fs, local
+from lastgood.store import direct, fs, local
 from lastgood.store.checksum import NOW, Kind, Sum
 
 if TYPE_CHECKING:
@@ -29,7 +33,8 @@ def _content(path: Path, kind: Kind) -> tuple[memoryview, FileEntry]:
     whole = Sum(kind)
     with local.opened(path) as file:
         view = _room(os.fstat(file.fileno()).st_size)
-        for block in _arriving(file.fileno(), view):
+        read = _past if _cold(file.fileno(), view) else fill
+        for block in _arriving(file.fileno(), view, read):
             whole.update(block)
     return view, whole.entry()
 
@@ -55,13 +60,49 @@ def _room(size: int) -> memoryview:
     return memoryview(mmap.mmap(-1, size))
 
 
-def _arriving(handle: int, view: memoryview) -> Iterator[memoryview]:
+def _cold(handle: int, view: memoryview) -> bool:
+    """Whether it is a large file of which nothing seems to be in memory; then it is open for `_past` from here on."""
+    size = len(view)
+    if size < direct.LARGE:
+        return False
+    for place in (0, size // 3, size * 2 // 3):  # not the end: whoever wrote the rest past it wrote that through it
+        at = place - place % direct.ALIGNED
+        if fs.system.cached(handle, view[at : at + direct.ALIGNED], at) != 0:
+            return False
+    try:
+        fs.system.unbuffered(handle, True)
+    except OSError:  # a file system that can't
+        return False
+    return True
+
+
+def _past(handle: int, view: memoryview, at: int) -> None:
+    """`fill` past the system's memory; view, at: begin where pages do."""
+    whole = len(view) - len(view) % direct.ALIGNED
+    try:
+        fill(handle, view[:whole], at)
+        if whole < len(view):  # so much can't be asked for, but the page that it is in
+            page = _room(direct.ALIGNED)
+            count = fs.system.read_at(handle, page, at + whole)
+            view[whole : whole + count] = page[: min(count, len(view) - whole)]
+            if count < len(view) - whole:
+                raise OSError(5, f"the file ends at byte {at + whole + count}")
+    except OSError as error:
+        if error.errno not in direct.REFUSED:
+            raise
+        fs.system.unbuffered(handle, False)  # it took the flag and not the read
+        fill(handle, view, at)
+
+
+def _arriving(
+    handle: int, view: memoryview, read: Callable[[int, memoryview, int], None] = fill
+) -> Iterator[memoryview]:
     """The blocks of a file in their order, while those behind them are being read."""
     blocks = [(view[at : at + AHEAD], at) for at in range(0, len(view), AHEAD)]
     workers = min(fs.system.workers, os.cpu_count() or 1)
     if workers == 1 or len(blocks) == 1:
         for block, at in blocks:
-            fill(handle, block, at)
+            read(handle, block, at)
             yield block
         return
 
@@ -72,7 +113,7 @@ def _arriving(handle: int, view: memoryview) -> Iterator[memoryview]:
         for block, at in blocks:
             if len(under_way) > 2 * workers:  # not the whole file at once: what is hashed should still be near
                 yield _ready(*under_way.popleft())
-            under_way.append((pool.submit(fill, handle, block, at), block))
+            under_way.append((pool.submit(read, handle, block, at), block))
         while under_way:
             yield _ready(*under_way.popleft())
 

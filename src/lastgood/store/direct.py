@@ -39,9 +39,11 @@ PIECE = 1 << 19
 ALIGNED = 4096
 """What addresses, lengths and places in the file are multiples of; a disk that wants more refuses."""
 
-_REFUSED = frozenset(
+REFUSED = frozenset(
     getattr(errno, name) for name in ("EINVAL", "ENOSYS", "EOPNOTSUPP", "EPERM") if hasattr(errno, name)
 )
+"""What a file system says that takes none of it."""
+
 busy: set[int] = set()
 """Files that a thread may be writing to: also after `write` was left, if its wait for the thread was interrupted. They
 must stay open then, or the number would soon be that of another file, and that one be written to."""
@@ -77,7 +79,7 @@ def begin(handle: int, size: int) -> bool:
         # The blocks at once and the length with them: neither has to be found, nor made durable, at every write.
         fs.system.allocate(handle, size)
     except OSError as error:
-        if error.errno not in _REFUSED:
+        if error.errno not in REFUSED:
             raise
     return True
 
@@ -196,7 +198,7 @@ class _Out:
             try:
                 view = view[fs.system.write(self._handle, view) :]
             except OSError as error:
-                if not self._direct or error.errno not in _REFUSED:
+                if not self._direct or error.errno not in REFUSED:
                     raise
                 self._buffered()  # it took the flag and not the write: other alignments, or a layer in between
                 continue
