@@ -141,11 +141,12 @@ def _places(tensors: tuple[torch.Tensor, ...]) -> list[Any]:
 
 
 def _hooks(model: torch.nn.Module, modules: tuple[torch.nn.Module, ...]) -> list[Any]:
-    """What takes part in a state dict: torch numbers hooks, and no number comes twice."""
+    """What has a say in a state dict beside the tensors: torch numbers hooks, and no number comes twice."""
     found: list[Any] = [model.__dict__.get("state_dict"), model.__dict__.get("save_pretrained")]
     for module in modules:
         found += module._state_dict_hooks
         found += module._state_dict_pre_hooks
+        found += sorted(module._non_persistent_buffers_set)
     return found
 
 
