@@ -24,6 +24,9 @@ NAMES = ("disk-full", "deploy", "crashed", "doctor", "planning")
 PAGES = [*(ROOT / "docs" / f"{name}.md" for name in NAMES), ROOT / "README.md"]
 BLOCK = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
+ASIDE = ("[transformers]", "Failed to load CPU gemm_4bit_forward")
+"""What libraries say of themselves: the second one of bitsandbytes, on some processors."""
+
 
 def commands(block: str) -> list[str]:
     return [line[2:] for line in block.splitlines() if line.startswith("$ ")]
@@ -53,7 +56,7 @@ class Terminal:
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, check=False,
         )  # fmt: skip
         self.status = found.returncode
-        return "".join(line for line in found.stdout.splitlines(True) if not line.startswith("[transformers]"))
+        return "".join(line for line in found.stdout.splitlines(True) if not line.startswith(ASIDE))
 
 
 def play(block: str, terminal: Terminal) -> str:
@@ -74,7 +77,8 @@ def shape(session: str) -> list[str]:
     """What stays the same from run to run: no numbers, ages, sizes, ids, and no alignment."""
     found = []
     for line in session.splitlines():
-        plain = re.sub(r"\b(?=[0-9a-f]*\d)[0-9a-f]{8,}\b", "ID", line)
+        plain = re.sub(r"(?<![\w-])\d+\.\d+(?!\w)", "N", line)  # before its digits are taken for an id
+        plain = re.sub(r"\b(?=[0-9a-f]*\d)[0-9a-f]{8,}\b", "ID", plain)
         plain = re.sub(r"disk \S+:", "disk MOUNT:", plain)
         plain = re.sub(r"[-+]?\d[\d.]*(e[-+]?\d+)?", "N", plain)
         plain = re.sub(r"N(st|nd|rd|th)\b", "Nth", plain)

@@ -170,8 +170,8 @@ def test_I8_a_restore_of_a_cold_checkpoint_is_exact_and_finds_damage(disk: Path)
     for path in files:
         cold(path, path.read_bytes())
     again, other = built()
-    with fs.using(watched := Watched()):
-        assert CheckpointManager(disk / "run", model=again, optimizer=other).restore() == 1
+    with fs.using(watched := Watched()), CheckpointManager(disk / "run", model=again, optimizer=other) as back:
+        assert back.restore() == 1
     assert any(watched.past)
     assert torch.equal(again.weight, model.weight)
     for mine, theirs in zip(optimizer.state.values(), other.state.values(), strict=True):

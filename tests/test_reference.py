@@ -181,6 +181,7 @@ def test_shapes_leave_out_what_differs_from_run_to_run() -> None:
     a = "checkpoint-400.ea7a893f   33s  1.49578  full   1.4 MiB  3rd newest"
     assert sessions.shape(a) == sessions.shape("checkpoint-50.0123abcd  2m  0.5  full  471.0 KiB  4th newest")
     assert sessions.shape(a) != sessions.shape(a.replace("full", "weights"))
+    assert sessions.shape("451  1.38799345  10786f18") == sessions.shape("9  2.1037066  d5310d05") == ["N N ID"]
 
 
 def test_the_pages_of_the_rules_are_what_the_rules_say() -> None:
