@@ -334,7 +334,14 @@ BEHIND: Sequence[Mutant] = (
     Mutant(
         "what was found out of a model outlives its hooks",
         "state/known.py",
-        " or _hooks(model, self.modules) != self.hooks:",
+        "        if _hooks(model, modules) != self.hooks:\n",
+        "        if False:\n",
+        "test_known.py",
+    ),
+    Mutant(
+        "what was found out of a model outlives its modules",
+        "state/known.py",
+        " or modules != self.modules:",
         ":",
         "test_known.py",
     ),

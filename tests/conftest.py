@@ -105,3 +105,19 @@ def real(realruns_cache: Path, tmp_path: Path) -> Callable[[str], Path]:
 def run_of(real: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]:
     """The same for every kind, "managed" included."""
     return lambda kind: cli.managed(tmp_path / "managed") if kind == "managed" else real(kind)
+
+
+@pytest.fixture
+def disk() -> Iterator[Path]:
+    """A directory on a real disk that can be written and read past the page cache."""
+    import fcntl  # not everywhere
+
+    with tempfile.TemporaryDirectory(dir=Path(__file__).parent) as folder:
+        handle = os.open(folder, os.O_TMPFILE | os.O_WRONLY)
+        try:
+            fcntl.fcntl(handle, fcntl.F_SETFL, os.O_DIRECT)
+        except OSError:
+            pytest.skip("the file system of the repository has no O_DIRECT")
+        finally:
+            os.close(handle)
+        yield Path(folder)

@@ -7,7 +7,6 @@ import fcntl
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -60,20 +59,6 @@ def little(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("what is in memory can be asked on Linux alone")
     monkeypatch.setattr(direct, "LARGE", 4 * PAGE)
     monkeypatch.setattr(contents, "AHEAD", 4 * PAGE)
-
-
-@pytest.fixture
-def disk() -> Iterator[Path]:
-    """A directory on a real disk that can be read past the page cache."""
-    with tempfile.TemporaryDirectory(dir=HERE) as folder:
-        handle = os.open(folder, os.O_TMPFILE | os.O_WRONLY)
-        try:
-            fcntl.fcntl(handle, fcntl.F_SETFL, os.O_DIRECT)
-        except OSError:
-            pytest.skip("the file system of the repository has no O_DIRECT")
-        finally:
-            os.close(handle)
-        yield Path(folder)
 
 
 def cold(path: Path, data: bytes) -> Path:

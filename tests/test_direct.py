@@ -79,20 +79,6 @@ def place(request: pytest.FixtureRequest) -> Iterator[Path]:
         yield Path(folder)
 
 
-@pytest.fixture
-def disk() -> Iterator[Path]:
-    """A directory on a real disk that can be written past the page cache."""
-    with tempfile.TemporaryDirectory(dir=REAL) as folder:
-        handle = os.open(folder, os.O_TMPFILE | os.O_WRONLY)
-        try:
-            fcntl.fcntl(handle, fcntl.F_SETFL, os.O_DIRECT)
-        except OSError:
-            pytest.skip("the file system of the repository has no O_DIRECT")
-        finally:
-            os.close(handle)
-        yield Path(folder)
-
-
 def content(count: int) -> bytes:
     """So many bytes, no block like another one."""
     return random.Random(0).randbytes(count)

@@ -152,6 +152,19 @@ def hooked(model: Any) -> None:
     layer(model).lora_A["default"].register_state_dict_post_hook(doubled)
 
 
+def same_tensors_elsewhere(model: Any) -> None:
+    """A module in the place of another one, around the very same parameter, with a hook of its own."""
+    rows = layer(model).lora_A
+    old, new = rows["default"], torch.nn.Linear(1, 1, bias=False)
+    new.weight = old.weight
+
+    def doubled(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
+        state[f"{prefix}weight"] = state[f"{prefix}weight"] * 2
+
+    new.register_state_dict_post_hook(doubled)
+    rows["default"] = new
+
+
 def hooked_before(model: Any) -> None:
     def moved(module: Any, prefix: str, keep: bool) -> None:
         module.weight.data = module.weight.data + 1
@@ -173,7 +186,8 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     made.__name__: made
     for made in (
         step, another_adapter, one_less, other_rules, other_number, elsewhere, tied_by_data, narrower, compiled,
-        replaced_parameter, larger_vocabulary, new_buffer, other_persistence, untied, hooked, own_state_dict,
+        replaced_parameter, larger_vocabulary, new_buffer, other_persistence, untied, hooked,
+        same_tensors_elsewhere, own_state_dict,
     )
 }  # fmt: skip
 

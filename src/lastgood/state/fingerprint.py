@@ -22,7 +22,7 @@ def live_tensors(model: torch.nn.Module, every: Members | None = None) -> dict[s
 
     every: `members(model)`, if that is known.
     """
-    parameters, buffers = every or members(model)
+    parameters, buffers, _ = every or members(model)
     tensors = {clean(name): parameter for name, parameter in parameters.items() if not parameter.is_meta}
     for name, buffer in buffers.items():
         if not buffer.is_meta:

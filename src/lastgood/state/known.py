@@ -25,8 +25,8 @@ CHOICE = ("peft.peft_model", "get_peft_model_state_dict")
 
 @dataclass(slots=True)
 class Build:
-    """How a model is built: the names of its tensors and where they are, the hooks of its state dict, the configuration
-    of its adapters.
+    """How a model is built: its modules, the names of its tensors and where they are, the hooks of its state dict, the
+    configuration of its adapters.
 
     Values may change: all that is remembered are the tensors themselves, never a copy of one. tensors: kept, so that
     no other one comes to lie where one of them was.
@@ -41,14 +41,15 @@ class Build:
 
     @classmethod
     def of(cls, model: torch.nn.Module, every: Members) -> Build:
-        names, tensors = _flat(every)
-        modules = tuple(model.modules())
+        names, tensors, modules = _flat(every)
         return cls(tensors, names, _places(tensors), modules, _hooks(model, modules), _adapters(model))
 
     def still(self, model: torch.nn.Module, every: Members) -> bool:
         """Whether it is, as far as anything that chooses tensors by their names could notice."""
-        names, tensors = _flat(every)
-        if names != self.names or _places(tensors) != self.places or _hooks(model, self.modules) != self.hooks:
+        names, tensors, modules = _flat(every)
+        if names != self.names or _places(tensors) != self.places or modules != self.modules:
+            return False
+        if _hooks(model, modules) != self.hooks:
             return False
         try:
             return bool(_adapters(model) == self.adapters)
@@ -60,7 +61,7 @@ class Build:
 class Known:
     """A run's memory of one model; empty before the first save."""
 
-    card: bytes | None = None
+    _card: bytes | None = None
     _build: Build | None = None
     _found: dict[Hashable, Any] = field(default_factory=dict)
 
@@ -91,11 +92,11 @@ class Known:
 
         def create_or_update_model_card(output_dir: str) -> None:
             path = Path(output_dir) / "README.md"
-            if self.card is None:
+            if self._card is None:
                 original(output_dir)
-                self.card = path.read_bytes()
+                self._card = path.read_bytes()
             else:
-                path.write_bytes(self.card)
+                path.write_bytes(self._card)
 
         model.__dict__["create_or_update_model_card"] = create_or_update_model_card
         try:
@@ -126,9 +127,9 @@ class Known:
         return all(isinstance(tensor, torch.Tensor) and identity(tensor) in own for tensor in chosen.values())
 
 
-def _flat(every: Members) -> tuple[tuple[str, ...], tuple[torch.Tensor, ...]]:
-    parameters, buffers = every
-    return (*parameters, *buffers), (*parameters.values(), *buffers.values())
+def _flat(every: Members) -> tuple[tuple[str, ...], tuple[torch.Tensor, ...], tuple[torch.nn.Module, ...]]:
+    parameters, buffers, modules = every
+    return (*parameters, *buffers), (*parameters.values(), *buffers.values()), modules
 
 
 def _places(tensors: tuple[torch.Tensor, ...]) -> list[Any]:

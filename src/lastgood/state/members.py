@@ -8,27 +8,27 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-Members = tuple[dict[str, Tensor], dict[str, Tensor]]
-"""Parameters and buffers, by name."""
+Members = tuple[dict[str, Tensor], dict[str, Tensor], tuple[nn.Module, ...]]
+"""Parameters and buffers, by name, and the modules."""
 
 _ROOT = ("named_modules", "named_parameters", "named_buffers", "_named_members")
 
 
 def members(model: nn.Module) -> Members:
-    """By name, as `named_parameters` and `named_buffers` have them, in their order.
+    """As `named_parameters`, `named_buffers` and `modules` have them, in their order.
 
     A tensor that several modules share comes once, under its first name.
     """
     parameters: dict[str, Tensor] = {}
     buffers: dict[str, Tensor] = {}
-    seen: set[nn.Module] = set()
+    seen: dict[nn.Module, None] = {}
     known: tuple[set[int], set[int]] = (set(), set())
 
     def walk(module: nn.Module, prefix: str) -> bool:
         """False where a module has a walk of its own: FSDP hides its wrappers."""
         if module in seen:
             return True
-        seen.add(module)
+        seen[module] = None
         if type(module).named_modules is not nn.Module.named_modules or "named_modules" in module.__dict__:
             return False
         for name, parameter in module._parameters.items():
@@ -46,5 +46,5 @@ def members(model: nn.Module) -> Members:
 
     own, kind = model.__dict__, type(model)
     if all(getattr(kind, name) is getattr(nn.Module, name) and name not in own for name in _ROOT) and walk(model, ""):
-        return parameters, buffers
-    return dict(model.named_parameters()), dict(model.named_buffers())
+        return parameters, buffers, tuple(seen)
+    return dict(model.named_parameters()), dict(model.named_buffers()), tuple(model.modules())

@@ -17,7 +17,7 @@ def unfilled(model: torch.nn.Module, every: Members | None = None) -> dict[str, 
 
     every: `members(model)`, if that is known.
     """
-    parameters, buffers = every or members(model)
+    parameters, buffers, _ = every or members(model)
     found = {clean(name): tensor for name, tensor in {**parameters, **buffers}.items() if tensor.is_meta}
     if found and any(hasattr(module, "_hf_hook") for module in model.modules()):
         return {}

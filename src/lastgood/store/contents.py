@@ -6,7 +6,6 @@ it stays: otherwise the system takes as much memory again for it, and copies it 
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lastgood.model import FileEntry
-from lastgood.store import direct, fs, local
+from lastgood.store import direct, fs, local, pages
 from lastgood.store.checksum import NOW, Kind, Sum
 
 if TYPE_CHECKING:
@@ -49,15 +48,8 @@ def fill(handle: int, view: memoryview, at: int) -> None:
 
 
 def _room(size: int) -> memoryview:
-    """Memory that nobody has touched yet: a bytearray is filled with zeros first, which costs more than the reading.
-
-    Private, for a shared mapping would show a forked child what its parent trains on.
-    """
-    if size == 0:
-        return memoryview(bytearray())
-    if hasattr(mmap, "MAP_PRIVATE"):
-        return memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-    return memoryview(mmap.mmap(-1, size))
+    """Not in large pages: where memory is in pieces, to find gigabytes of those takes longer than the reading."""
+    return memoryview(pages.mapped(size)) if size else memoryview(bytearray())
 
 
 def _cold(handle: int, view: memoryview) -> bool:
@@ -94,9 +86,7 @@ def _past(handle: int, view: memoryview, at: int) -> None:
         fill(handle, view, at)
 
 
-def _arriving(
-    handle: int, view: memoryview, read: Callable[[int, memoryview, int], None] = fill
-) -> Iterator[memoryview]:
+def _arriving(handle: int, view: memoryview, read: Callable[[int, memoryview, int], None]) -> Iterator[memoryview]:
     """The blocks of a file in their order, while those behind them are being read."""
     blocks = [(view[at : at + AHEAD], at) for at in range(0, len(view), AHEAD)]
     workers = min(fs.system.workers, os.cpu_count() or 1)

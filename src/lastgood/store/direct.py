@@ -8,7 +8,7 @@ file holds is durable no sooner than before: the sync that follows is what makes
 from __future__ import annotations
 
 import errno
-import itertools
+import mmap
 import sys
 import threading
 from collections.abc import Iterable
@@ -59,9 +59,7 @@ def ready(size: int) -> None:
     Not where no file is written in this way.
     """
     if sys.platform == "linux":
-        _idle.extend(_fresh() for _ in range(_KEPT - len(_idle)))
-        for buffer in itertools.chain.from_iterable(_idle):
-            pages.fault_in(buffer.obj, 0, _step(size))
+        _idle.extend(_fresh(_step(size)) for _ in range(_KEPT - len(_idle)))
 
 
 def begin(handle: int, size: int) -> bool:
@@ -217,8 +215,14 @@ def _buffers() -> list[memoryview]:
         return _fresh()
 
 
-def _fresh() -> list[memoryview]:
-    return [memoryview(pages.mapped(BUFFER)) for _ in range(BUFFERS)]
+def _fresh(there: int = 0) -> list[memoryview]:
+    """there: so many bytes of each are faulted in."""
+    found = [pages.mapped(BUFFER, large=True) for _ in range(BUFFERS)]
+    for memory in found if there else ():
+        if not pages.fault_in(memory, 0, there):  # Linux before 5.14
+            for place in range(0, there, mmap.PAGESIZE):
+                memory[place] = 0
+    return [memoryview(memory) for memory in found]
 
 
 def _step(size: int) -> int:

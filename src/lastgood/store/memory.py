@@ -139,7 +139,7 @@ def powers(count: int) -> tuple[int, ...]:
 def _mapped(size: int, until: Callable[[], object]) -> mmap.mmap:
     """Raises Short."""
     try:
-        memory = pages.mapped(size)
+        memory = pages.mapped(size, large=True)
     except (OSError, ValueError, OverflowError, MemoryError):
         raise Short from None
     # Not in data workers that are forked later: a page that the next save writes to would be copied for each of them.

@@ -1,8 +1,4 @@
-"""Memory that nobody has touched yet, private to this process, in large pages where the system has some.
-
-A bytearray would be filled with zeros first. Small pages lie about in the machine's memory: each is cleared by a fault
-of its own, and a disk that is to read them itself takes fewer at a time.
-"""
+"""Memory that nobody has touched yet, private to this process: a bytearray would be filled with zeros first."""
 
 from __future__ import annotations
 
@@ -16,10 +12,15 @@ POPULATE_WRITE = 23
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
 
 
-def mapped(size: int) -> mmap.mmap:
-    """So many bytes, at least one. Raises OSError, ValueError, OverflowError or MemoryError where there aren't."""
+def mapped(size: int, *, large: bool = False) -> mmap.mmap:
+    """So many bytes, at least one. Raises OSError, ValueError, OverflowError or MemoryError where there aren't.
+
+    large: in large pages, where the system has some to give. Small ones lie about in the machine's memory: each is
+    cleared by a fault of its own, and a disk that is to read them itself takes fewer at a time.
+    """
     memory = mmap.mmap(-1, size, **_PRIVATE)
-    advise(memory, "MADV_HUGEPAGE")
+    if large:
+        advise(memory, "MADV_HUGEPAGE")
     return memory
 
 
@@ -29,13 +30,12 @@ def advise(memory: mmap.mmap, what: str) -> None:
         memory.madvise(getattr(mmap, what))
 
 
-def fault_in(memory: object, begin: int, count: int) -> bool:
+def fault_in(memory: mmap.mmap, begin: int, count: int) -> bool:
     """Have these bytes of what was `mapped` there before they are needed.
 
     False where the system does that only as they are touched.
     """
     try:
-        assert isinstance(memory, mmap.mmap)
         memory.madvise(POPULATE_WRITE, begin, count)
     except (OSError, AttributeError):
         return False

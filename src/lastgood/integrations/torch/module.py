@@ -46,7 +46,7 @@ class Model:
     module: torch.nn.Module
     _coverage: Coverage = field(init=False)
     _tracked: tuple[torch.Tensor, ...] = ()
-    _every: Members = field(default_factory=lambda: ({}, {}))  # as `live` found them last
+    _every: Members = field(default_factory=lambda: ({}, {}, ()))  # as `live` found them last
 
     def __post_init__(self) -> None:
         self.module = unwrapped(self.module)
