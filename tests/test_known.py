@@ -152,17 +152,19 @@ def hooked(model: Any) -> None:
     layer(model).lora_A["default"].register_state_dict_post_hook(doubled)
 
 
-def same_tensors_elsewhere(model: Any) -> None:
-    """A module in the place of another one, around the very same parameter, with a hook of its own."""
+class Doubling(torch.nn.Linear):
+    """Its state isn't its weight."""
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.weight.detach() * 2
+
+
+def another_kind_of_module(model: Any) -> None:
+    """Around the very same parameter."""
     rows = layer(model).lora_A
-    old, new = rows["default"], torch.nn.Linear(1, 1, bias=False)
-    new.weight = old.weight
-
-    def doubled(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
-        state[f"{prefix}weight"] = state[f"{prefix}weight"] * 2
-
-    new.register_state_dict_post_hook(doubled)
-    rows["default"] = new
+    made = Doubling(1, 1, bias=False)
+    made.weight = rows["default"].weight
+    rows["default"] = made
 
 
 def hooked_before(model: Any) -> None:
@@ -187,7 +189,7 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     for made in (
         step, another_adapter, one_less, other_rules, other_number, elsewhere, tied_by_data, narrower, compiled,
         replaced_parameter, larger_vocabulary, new_buffer, other_persistence, untied, hooked,
-        same_tensors_elsewhere, own_state_dict,
+        another_kind_of_module, own_state_dict,
     )
 }  # fmt: skip
 
