@@ -54,7 +54,10 @@ class Window(Protocol):
     def waited(self) -> float: ...
 
     def stage(self, tensors: Iterable[safetensors.Tensor], arena: Arena) -> Source:
-        """Take the tensors of one file, while nothing changes. Raises Short where memory is."""
+        """Take the tensors of one file, while nothing changes.
+
+        Raises Short where memory is, UsageError for what no file can hold: by the call that is at fault.
+        """
         ...
 
     def begin(self) -> None:
@@ -93,7 +96,9 @@ class Eager:
     waited = 0.0
 
     def stage(self, tensors: Iterable[safetensors.Tensor], arena: Arena) -> Source:
-        return Copied(tuple(kept(tensors, arena)))
+        copies = tuple(kept(tensors, arena))
+        safetensors.check(copies)
+        return Copied(copies)
 
     def begin(self) -> None: ...
 
@@ -102,6 +107,13 @@ class Eager:
     def fill(self) -> None: ...
 
     def prove(self) -> None: ...
+
+
+class Blank(Eager):
+    """One that takes no tensors: for a save that is only rehearsed."""
+
+    def stage(self, tensors: Iterable[safetensors.Tensor], arena: Arena) -> Source:
+        return Copied(())
 
 
 def kept(tensors: Iterable[safetensors.Tensor], arena: Arena) -> Iterator[safetensors.Tensor]:
@@ -156,7 +168,6 @@ class Draft(Staging):
         assert ready is None, "the window knows what is ready"
         started = time.perf_counter()
         source = self.window.stage(tensors, self.arena)
-        safetensors.check(source.entries)  # what is wrong with them is told by the call that is at fault
         self._spent("copy", started)
         self._will(part, lambda out: out.tensors(name, part, source.tensors(), metadata, told=told, ready=source.ready))
 

@@ -96,6 +96,7 @@ class Flying:
         rest = self.inner.stage(Named({n: t for n, t in tensors.tensors.items() if n not in flying}), arena)
         entries |= {entry.name: entry for entry in rest.entries}
         landing = Landing(tuple(entries[name] for name in tensors.tensors), rest)
+        safetensors.check(landing.entries)
         order = [entry.name for entry in safetensors.ordered(entries[name] for name in flying)]
         late = [name for name in order if self.steady and spot(flying[name]) in self.steady]
         self._guarded += [

@@ -12,16 +12,16 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from lastgood.format.tensors import Tensor
-from lastgood.repo.draft import Changed, Copied, Source, kept
+from lastgood.repo.draft import Changed, Copied, Eager, Source
+from lastgood.state.layout import Large, Layout
 from lastgood.state.match import some
-from lastgood.state.proof import Bytes, raw, sampled, whole
-from lastgood.state.tensors import SMALL as SMALL_BLOCK
+from lastgood.state.proof import Bytes, sampled, whole
 from lastgood.state.tensors import Named, to_bytes
 from lastgood.store.memory import Arena
 from lastgood.store.together import together
@@ -112,8 +112,8 @@ class Lazy:
     weights, state: where the tensors lie that only an optimizer changes: what it trains, and what it keeps of it.
     """
 
-    weights: Collection[Place]
-    state: Collection[Place]
+    weights: Container[Place]
+    state: Container[Place]
     pace: Pace = field(default_factory=Pace)
     waited: float = 0.0
     _guarded: list[Guarded] = field(default_factory=list)
@@ -124,35 +124,47 @@ class Lazy:
     _owner: int = field(default_factory=os.getpid)
 
     def stage(self, tensors: Iterable[Tensor], arena: Arena) -> Source:
-        """Those that are in `weights` or `state` later, all others now. Raises Short, NotSupported."""
+        """Those that are in `weights` or `state` later, all others now. Raises Short, NotSupported, UsageError."""
         if not isinstance(tensors, Named):
-            return Copied(tuple(kept(tensors, arena)))
-        small, before = tensors.small(min(SMALL_BLOCK, self.pace.small - 1)), len(self._guarded)
-        entries = tuple(
-            small.get(name) or self._staged(name, tensor, arena) for name, tensor in tensors.tensors.items()
-        )
+            return Eager().stage(tensors, arena)
+        layout, before = self._laid_out(tensors.tensors, arena), len(self._guarded)
+        layout.copy()
+        for name, large in layout.large.items():
+            self._take(tensors.tensors[name], large)
         # Training waits, so every core is free; the large ones first, for the last one alone keeps all waiting.
-        new = sorted(self._guarded[before:], key=lambda one: -len(one.target))
-        together([one.note for one in new], limit=min(NOTERS, os.cpu_count() or 1))
-        return Copied(entries)
+        weights = [one for one in self._guarded[before:] if one.weight]
+        weights.sort(key=lambda one: -len(one.target))
+        together([one.note for one in weights], limit=min(NOTERS, os.cpu_count() or 1))
+        for one in self._guarded[before:]:
+            if not one.weight:
+                one.note()
+        return Copied(layout.entries)
 
-    def _staged(self, name: str, tensor: torch.Tensor, arena: Arena) -> Tensor:
-        entry, where = to_bytes(name, tensor), place(tensor, self.pace.small)
-        if where is None or not (where in self.weights or where in self.state):
-            return entry._replace(data=arena.keep(entry.data))
-        source, alias = raw(entry), tensor.detach()
-        if source.ctypes.data != where[0]:  # a copy already
-            return entry._replace(data=arena.keep(entry.data))
+    def _laid_out(self, tensors: Mapping[str, torch.Tensor], arena: Arena) -> Layout:
+        """As at the last save, if these are the same tensors."""
+        begin, used, layout = arena.spot, arena.used, arena.recall()
+        if isinstance(layout, Layout) and layout.still(tensors):
+            arena.again()
+        else:
+            layout = Layout.of(tensors, arena, self.pace.small - 1)
+            arena.remember(layout, begin, used)
+        return layout
+
+    def _take(self, tensor: torch.Tensor, large: Large) -> None:
+        """Note what it is and copy it later, or copy it now."""
+        where = (tensor.data_ptr(), len(large.target)) if large.plain and len(large.target) >= self.pace.small else None
+        weight = where in self.weights
+        if where is None or not (weight or where in self.state):
+            large.entry.data[:] = to_bytes(large.entry.name, tensor).data
+            return
         # A weight is proven by all of its bytes, so what torch counted doesn't matter. The state of an optimizer is
         # two thirds of a checkpoint, and nobody but the optimizer writes to it behind torch's back.
-        weight = where in self.weights
-        target = arena.take(where[1])
+        alias = tensor.detach()
         one = Guarded(
-            name=name, tensor=alias, source=source, target=raw(entry._replace(data=target)), address=where[0],
-            weight=weight, version=None if weight else alias._version,
+            name=large.entry.name, tensor=alias, source=alias.reshape(-1).view(torch.uint8).numpy(),
+            target=large.target, address=where[0], weight=weight, version=None if weight else alias._version,
         )  # fmt: skip
         self._guarded.append(one)
-        return entry._replace(data=target)
 
     def begin(self) -> None:
         for one in self._guarded:

@@ -7,9 +7,10 @@ that it reaches. With a closure, a step of torch's own changes nothing before th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -43,6 +44,8 @@ class Steps:
     def heard(self) -> Iterator[None]:
         """Be called before every step inside, if anything is to be copied later at all."""
         if self.run.background is None or not self.run.background.lazy:
+            if self.run.pin is None:
+                self.run.stages = lambda: Lazy((), (), self.pace)
             yield
             return
 
@@ -83,10 +86,22 @@ class Steps:
         found = [plain(optimizer) for optimizer in self.optimizers()]
         safe = bool(found) and all(id(optimizer) in self._seen and not _swaps(optimizer) for optimizer in found)
         self._seen.clear()
-        window: Window = Lazy(*_places(found, self.pace.small), pace=self.pace) if safe else Eager()
+        places = cache(partial(_places, found, self.pace.small))  # of many small ones nobody asks
+        window: Window = Lazy(Places(places, 0), Places(places, 1), self.pace) if safe else Lazy((), (), self.pace)
         known = [optimizer for optimizer in found if safe and id(optimizer) not in self._graphs]
         self._window = window if self.run.pin is None else aboard(window, known)
         return self._window
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Places that are looked for when the first one is asked about. found: sets of them; which: one of those."""
+
+    found: Callable[[], Sequence[Container[Place]]]
+    which: int
+
+    def __contains__(self, place: object) -> bool:
+        return place in self.found()[self.which]
 
 
 def _swaps(optimizer: torch.optim.Optimizer) -> bool:
@@ -97,12 +112,26 @@ def _swaps(optimizer: torch.optim.Optimizer) -> bool:
 
 def _places(optimizers: Iterable[torch.optim.Optimizer], small: int) -> tuple[set[Place], set[Place]]:
     """(of the weights that they train, of their state). What both claim counts as a weight."""
-    weights: set[Place | None] = set()
-    state: set[Place | None] = set()
+    weights: list[torch.Tensor] = []
+    state: list[torch.Tensor] = []
     for optimizer in optimizers:
-        weights |= {place(tensor, small) for group in optimizer.param_groups for tensor in group["params"]}
-        state |= {place(tensor, small) for entry in optimizer.state.values() for tensor in _tensors(entry)}
-    return {one for one in weights if one is not None}, {one for one in state if one is not None}
+        for group in optimizer.param_groups:
+            weights += group["params"]
+        for entry in optimizer.state.values():
+            if isinstance(entry, torch.Tensor):
+                state.append(entry)
+            elif isinstance(entry, (Mapping, list, tuple)):
+                for value in entry.values() if isinstance(entry, Mapping) else entry:
+                    if isinstance(value, torch.Tensor):  # a generator for each takes longer than the rest
+                        state.append(value)
+                    elif isinstance(value, (Mapping, list, tuple)):
+                        state += _tensors(value)
+    return _large(weights, small), _large(state, small)
+
+
+def _large(tensors: Iterable[torch.Tensor], small: int) -> set[Place]:
+    found = {place(one, small) for one in tensors if one.layout is not torch.strided or one.nbytes >= small}
+    return {one for one in found if one is not None}
 
 
 def _tensors(entry: object) -> Iterator[torch.Tensor]:
@@ -110,7 +139,4 @@ def _tensors(entry: object) -> Iterator[torch.Tensor]:
         yield entry
     elif isinstance(entry, (Mapping, list, tuple)):
         for value in entry.values() if isinstance(entry, Mapping) else entry:
-            if isinstance(value, torch.Tensor):  # a generator for each takes longer than the rest
-                yield value
-            else:
-                yield from _tensors(value)
+            yield from _tensors(value)

@@ -17,7 +17,8 @@ CODE_OF: dict[torch.dtype, str] = {getattr(torch, name): code for name, code in 
 DTYPE_OF: dict[str, torch.dtype] = {code: dtype for dtype, code in CODE_OF.items()}
 SMALL = 1 << 14
 """Bytes (16 KiB) up to which a tensor is copied faster than it is asked for its memory."""
-_COPIED = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32})
+PLAIN = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32})
+"""Dtypes of which many small tensors are copied by one call."""
 
 
 def to_bytes(name: str, tensor: torch.Tensor) -> Tensor:
@@ -142,7 +143,7 @@ class Named:
         found: dict[torch.dtype, dict[str, torch.Tensor]] = {}
         for name, tensor in self.tensors.items():
             # Nothing that isn't plain: torch.cat must not have to convert anything.
-            plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.dtype in _COPIED and tensor.is_cpu
+            plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.dtype in PLAIN and tensor.is_cpu
             if plain and tensor.layout is torch.strided and tensor.nbytes <= limit:
                 found.setdefault(tensor.dtype, {})[name] = tensor
         return {name: entry for some in found.values() for name, entry in _in_a_block(some)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import count as counted
 from pathlib import Path
 
 from lastgood.store import pages
@@ -25,7 +26,11 @@ class Short(Exception):
 class _Block:
     memory: mmap.mmap | memoryview
     used: int = 0
+    number: int = field(default_factory=counted().__next__)  # that no other block ever has
 
+
+Spot = tuple[tuple[int, int], ...]
+"""How much of which blocks is handed out."""
 
 Pin = Callable[[int], "memoryview | None"]
 """Gives so many bytes of memory of a better kind; None where there is none to be had."""
@@ -44,6 +49,8 @@ class Arena:
     pin: Pin | None = None
     _blocks: list[_Block] = field(default_factory=list)
     _under_way: list[Callable[[], object]] = field(default_factory=list)
+    _laid: dict[Spot, tuple[object, Spot, int]] = field(default_factory=dict)  # since the last reset
+    _before: dict[Spot, tuple[object, Spot, int]] = field(default_factory=dict)  # between the two last ones
 
     @property
     def held(self) -> int:
@@ -79,10 +86,32 @@ class Arena:
         copy[:] = data
         return copy
 
+    @property
+    def spot(self) -> Spot:
+        """Where the next bytes come from."""
+        return tuple((block.number, block.used) for block in self._blocks)
+
+    def recall(self) -> object:
+        """What was laid out from here on, in the same memory, before the last `reset`; None: nothing."""
+        return self._before.get(self.spot, (None,))[0]
+
+    def again(self) -> None:
+        """Take what was taken then for what `recall` returns."""
+        begin = self.spot
+        known = self._laid[begin] = self._before[begin]
+        self.used += known[2]
+        for block, (_, used) in zip(self._blocks, known[1], strict=True):
+            block.used = used
+
+    def remember(self, what: object, begin: Spot, used: int) -> None:
+        """It lies in what was handed out since `spot` was `begin`, and `used` what it was then."""
+        self._laid[begin] = what, self.spot, self.used - used
+
     def reset(self) -> None:
         """All that was handed out may be handed out again."""
         self._landed()
         self.used = 0
+        self._before, self._laid = self._laid, {}
         for block in self._blocks:
             block.used = 0
 
@@ -90,6 +119,7 @@ class Arena:
         """Give everything back to the system, as soon as nobody looks at it any more."""
         self._landed()
         self.used, self._blocks = 0, []
+        self._before, self._laid = {}, {}
 
     def _landed(self) -> None:
         while self._under_way:
@@ -98,7 +128,7 @@ class Arena:
     def _grow(self, count: int, until: Callable[[], object] = bool) -> _Block:
         least, room = -(-count // mmap.PAGESIZE) * mmap.PAGESIZE, self._room()
         if room is not None and least > room:  # what is held in pieces that are too small goes first
-            self._blocks = [block for block in self._blocks if block.used]
+            self._blocks, self._before = [block for block in self._blocks if block.used], {}
             room = self._room()
         size = max(least, -(-count // BLOCK) * BLOCK)
         if room is not None and size > room:
