@@ -66,15 +66,7 @@ def capture(
         flat[index]: tree.encode(entry, tensors, f"{prefix}state.{flat[index]}")
         for index, entry in state["state"].items()
     }
-    groups = [
-        {
-            "names": group_names,
-            "values": tree.encode(
-                {k: v for k, v in group.items() if k != "params"}, tensors, f"{prefix}group.{number}"
-            ),
-        }
-        for number, (group, group_names) in enumerate(zip(state["param_groups"], names, strict=True))
-    ]
+    groups = encoded_groups(state["param_groups"], names, tensors, prefix)
     rest = {key: value for key, value in state.items() if key not in ("state", "param_groups")}
     return {
         "class": f"{type(inner).__module__}.{type(inner).__qualname__}",
@@ -82,6 +74,16 @@ def capture(
         "groups": groups,
         "rest": tree.encode(rest, tensors, f"{prefix}rest"),
     }, tensors
+
+
+def encoded_groups(
+    groups: Iterable[Mapping[str, Any]], names: Iterable[list[str]], tensors: dict[str, torch.Tensor], prefix: str = ""
+) -> list[dict[str, Any]]:
+    """JSON of the param groups, whose parameters have these names; tensors in it are put into `tensors`."""
+    return [
+        {"names": own, "values": tree.encode(_hyper(group), tensors, f"{prefix}group.{number}")}
+        for number, (group, own) in enumerate(zip(groups, names, strict=True))
+    ]
 
 
 def _hyper(group: Mapping[str, Any]) -> dict[str, Any]:

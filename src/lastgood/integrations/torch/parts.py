@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 import re
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from lastgood.integrations.torch.module import Model
 from lastgood.integrations.torch.stamp import Stamp, leaves
 from lastgood.state import optimizer as optimizers
 from lastgood.state import tree
+from lastgood.state.capturing import Capturing
 
 LONG = 0.02
 """Seconds of this thread that a look at a part may take at every step."""
@@ -65,6 +66,7 @@ class Optimizer:
     name: str
     optimizer: torch.optim.Optimizer
     _steps: int = 0
+    _capturing: Capturing = field(default_factory=Capturing)
 
     def __post_init__(self) -> None:
         # Before the step, not after it: one that fails half-way has changed something.
@@ -84,7 +86,7 @@ class Optimizer:
 
     def write(self, out: Writing) -> None:
         if out.full:
-            values, tensors = optimizers.capture(self.optimizer, out.live, self._prefix)
+            values, tensors = self._capturing.capture(self.optimizer, out.live, self._prefix)
             lost = [name for group in values["groups"] for name in group["names"] if name not in out.live]
             if lost:
                 raise NotSupported(
@@ -112,9 +114,7 @@ class Optimizer:
         return ready
 
     def estimate(self) -> int:
-        entries = optimizers.plain(self.optimizer).state.values()
-        values = (value for entry in entries if isinstance(entry, Mapping) for value in entry.values())
-        return sum(value.numel() * value.element_size() for value in values if isinstance(value, torch.Tensor))
+        return self._capturing.bytes(self.optimizer)
 
 
 @dataclass(slots=True)
