@@ -74,8 +74,7 @@ def step(model: Any) -> None:
 
 
 def layer(model: Any, number: int = 0) -> Any:
-    block = model.base_model.model.transformer.h[number]
-    return getattr(block, "_orig_mod", block).attn.c_attn
+    return [module for module in model.modules() if hasattr(module, "lora_A")][number]
 
 
 def another_adapter(model: Any) -> None:
@@ -139,6 +138,12 @@ def other_persistence(model: Any) -> None:
     module.register_buffer("counted", now, persistent="counted" in module._non_persistent_buffers_set)
 
 
+def another_name(model: Any) -> None:
+    """Of a layer with the very same tensors."""
+    blocks = model.base_model.model.transformer.h
+    blocks._modules = {f"{name}1" if name.startswith("1") else name: one for name, one in blocks._modules.items()}
+
+
 def untied(model: Any) -> None:
     base = model.get_base_model()
     base.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.detach().clone())
@@ -190,6 +195,7 @@ CHANGES: dict[str, Callable[[Any], None]] = {
         step, another_adapter, one_less, other_rules, other_number, elsewhere, tied_by_data, narrower, compiled,
         replaced_parameter, larger_vocabulary, new_buffer, other_persistence, untied, hooked,
         another_kind_of_module, own_state_dict,
+        another_name,
     )
 }  # fmt: skip
 

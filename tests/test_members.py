@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lastgood.state.members import members
+from lastgood.state.members import Walk, members
 
 
 class Hiding(nn.Module):
@@ -78,3 +79,114 @@ def test_an_instance_with_a_walk_of_its_own() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
     model[0].named_modules = lambda *args, **kwargs: iter(())  # type: ignore[method-assign]
     assert members(model)[:2] == ({}, {})
+
+
+# ---- the next walk -----------------------------------------------------------------------
+
+
+class Other(nn.Linear):
+    """Another kind of module with the same members."""
+
+
+def inner(model: nn.Module) -> nn.Module:
+    while model._modules:
+        model = next(reversed(model._modules.values()))  # type: ignore[assignment]
+    return model
+
+
+def with_parameter(model: nn.Module, number: int) -> None:
+    setattr(inner(model), f"more{number}", nn.Parameter(torch.ones(1)))
+
+
+def with_buffer(model: nn.Module, number: int) -> None:
+    inner(model).register_buffer(f"held{number}", torch.ones(1))
+
+
+def with_module(model: nn.Module, number: int) -> None:
+    inner(model).add_module(f"part{number}", nn.BatchNorm1d(2))
+
+
+def without(model: nn.Module, number: int) -> None:
+    for module in model.modules():
+        for table in (module._parameters, module._buffers, module._modules):
+            if table:
+                table.popitem()
+                return
+
+
+def equal_one(model: nn.Module, number: int) -> None:
+    """A tensor of one element in the place of one that is equal: == says nothing of which it is."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.numel() == 1 and not parameter.is_meta:
+                module._parameters[name] = nn.Parameter(parameter.detach().clone())
+                return
+
+
+def emptied(model: nn.Module, number: int) -> None:
+    for module in model.modules():
+        if module._parameters:
+            module._parameters[next(iter(module._parameters))] = None
+            return
+
+
+def turned_round(model: nn.Module, number: int) -> None:
+    module = inner(model)
+    module._parameters = dict(reversed(module._parameters.items()))
+
+
+def another_name(model: nn.Module, number: int) -> None:
+    module = inner(model)
+    for name, parameter in list(module._parameters.items()):
+        del module._parameters[name]
+        module._parameters[f"{name}{number}"] = parameter
+
+
+def moved_on(model: nn.Module, number: int) -> None:
+    """A parameter that goes from one module to the next, so that all of them in a row are the same."""
+    found = [module for module in model.modules() if module._parameters]
+    for one, other in pairwise(found):
+        name, parameter = one._parameters.popitem()
+        other._parameters = {name: parameter, **other._parameters}
+        return
+
+
+def another_class(model: nn.Module, number: int) -> None:
+    for module in model.modules():
+        if type(module) in (nn.Linear, Other):
+            module.__class__ = Other if type(module) is nn.Linear else nn.Linear
+
+
+def hides(model: nn.Module, number: int) -> None:
+    inner(model).__dict__["named_modules"] = lambda *args, **kwargs: iter(())
+
+
+CHANGES = (
+    with_parameter, with_buffer, with_module, without, equal_one, emptied, turned_round, another_name, moved_on,
+    another_class, hides,
+)  # fmt: skip
+
+
+@given(models(), st.lists(st.sampled_from(CHANGES), max_size=8))
+@settings(deadline=None, max_examples=200)
+def test_I9_a_walk_that_is_remembered_is_the_one_that_would_be_made(model: nn.Module, changes: list[Any]) -> None:
+    walk = Walk()
+    for number, change in enumerate((lambda *_: None, *changes)):
+        change(model, number)
+        for _ in range(2):
+            mine, theirs = walk.through(model), members(model)
+            assert mine[2] == theirs[2]
+            for one, other in zip(mine[:2], theirs[:2], strict=True):
+                assert list(one) == list(other)
+                assert all(one[name] is other[name] for name in other)
+
+
+def test_what_is_the_same_is_the_same_object() -> None:
+    model, walk = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), Walk()
+    found = walk.through(model)
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    assert walk.through(model) is found
+    assert walk.through(nn.Linear(2, 2)) is not found
+    model[0].bias = nn.Parameter(model[0].bias.detach())
+    assert walk.through(model) is not found

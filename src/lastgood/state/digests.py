@@ -63,7 +63,7 @@ class Held:
     def of(cls, files: Sequence[File]) -> Held:
         every = [((f.name, name), tensor) for f in files for name, tensor in f.tensors.items() if tensor.numel()]
         objects, places = {id(tensor): place for place, tensor in every}, {identity(t): place for place, t in every}
-        return cls(files, objects, places, frozenset(at[0] for at in places))
+        return cls(tuple(files), objects, places, frozenset(at[0] for at in places))
 
     def where(self, tensor: torch.Tensor) -> Place | None:
         """Where a file holds this very tensor, if one does."""
@@ -72,15 +72,6 @@ class Held:
             return place
         return self.places.get(identity(tensor))
 
-    def split(self, live: Mapping[str, torch.Tensor], prints: Fingerprints) -> tuple[dict[str, str], dict[str, Place]]:
-        """(digests of what has to be hashed now, or was hashed before; where the others are)."""
-        later = {
-            name: place
-            for name, tensor in live.items()
-            if not prints.remembers(tensor) and (place := self.where(tensor))
-        }
-        return prints.of({name: tensor for name, tensor in live.items() if name not in later}), later
-
     def digests(self, like: Collection[str]) -> set[str]:
         """Digests of those that could be one of `like`: of the same dtype and shape."""
         kinds = {one.partition(":")[0] for one in like}
@@ -88,6 +79,36 @@ class Held:
             return set()
         every = (item for file in self.files for item in file.tensors.items())
         return {digest(tensor, name) for name, tensor in every if signature(tensor) in kinds}
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Where the digests of the live tensors come from. later: where those are that are written; now: names of the
+    others, and frozen: of those among them that are hashed once; loose: of all that no file holds as they are."""
+
+    held: Held
+    later: dict[str, Place]
+    now: list[str]
+    frozen: list[str]
+    loose: list[str]
+
+    @classmethod
+    def of(cls, live: Mapping[str, torch.Tensor], files: Sequence[File], prints: Fingerprints) -> Split:
+        held = Held.of(files)
+        places = {name: held.where(tensor) for name, tensor in live.items()}
+        later = {name: place for name, place in places.items() if place and not prints.remembers(live[name])}
+        now = [name for name in live if name not in later]
+        # One that is frozen, and has the memory of one that is trained, changes without torch counting it.
+        trained = {tensor.data_ptr() for tensor in live.values() if tensor.requires_grad and _dense(tensor)}
+        frozen = [
+            n for n in now if prints.remembers(live[n]) and not (_dense(live[n]) and live[n].data_ptr() in trained)
+        ]
+        return cls(held, later, now, frozen, [name for name, place in places.items() if not place])
+
+    def known(self, live: Mapping[str, torch.Tensor], prints: Fingerprints) -> dict[str, str]:
+        """The digests of `now`."""
+        found = prints.of({name: live[name] for name in self.frozen})
+        return {name: found.get(name) or digest(live[name], name) for name in self.now}
 
 
 def identity(tensor: torch.Tensor) -> tuple[Any, ...]:

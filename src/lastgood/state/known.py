@@ -6,16 +6,19 @@ its tensors are the adapter's; PEFT compiled the template of its README at every
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+import copy
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from lastgood.state.digests import identity
-from lastgood.state.members import Members
+from lastgood.state.members import Members, Walk
 from lastgood.state.replaced import replaced
 
 T = TypeVar("T")
@@ -28,28 +31,25 @@ class Build:
     """How a model is built: its modules, the names of its tensors and where they are, the hooks of its state dict, the
     configuration of its adapters.
 
-    Values may change: all that is remembered are the tensors themselves, never a copy of one. tensors: kept, so that
-    no other one comes to lie where one of them was.
+    Values may change: all that is remembered are the tensors themselves, never a copy of one. every: kept, so that no
+    other tensor comes to lie where one of them was.
     """
 
-    tensors: tuple[torch.Tensor, ...]
-    names: tuple[str, ...]
+    every: Members
     places: list[Any]
-    modules: tuple[torch.nn.Module, ...]
     hooks: list[Any]
     adapters: dict[str, Any]
 
     @classmethod
     def of(cls, model: torch.nn.Module, every: Members) -> Build:
-        names, tensors, modules = _flat(every)
-        return cls(tensors, names, _places(tensors), modules, _hooks(model, modules), _adapters(model))
+        # PEFT changes some configurations in place.
+        return cls(every, _places(every), _hooks(model, every[2]), copy.deepcopy(_adapters(model)))
 
     def still(self, model: torch.nn.Module, every: Members) -> bool:
         """Whether it is, as far as anything that chooses tensors by their names could notice."""
-        names, tensors, modules = _flat(every)
-        if names != self.names or _places(tensors) != self.places or modules != self.modules:
+        if every is not self.every and not _same(every, self.every):
             return False
-        if _hooks(model, modules) != self.hooks:
+        if _places(every) != self.places or _hooks(model, every[2]) != self.hooks:
             return False
         try:
             return bool(_adapters(model) == self.adapters)
@@ -61,21 +61,47 @@ class Build:
 class Known:
     """A run's memory of one model; empty before the first save."""
 
-    _card: bytes | None = None
+    walk: Walk = field(default_factory=Walk)
     _build: Build | None = None
     _found: dict[Hashable, Any] = field(default_factory=dict)
+    _last: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    _own: frozenset[int] = frozenset()
 
     def look(self, model: torch.nn.Module, every: Members) -> None:
         """To be called first in each save: forget what was found out if the model is built otherwise now."""
         if self._build is None or not self._build.still(model, every):
-            self._build = Build.of(model, every)
+            self._build, self._own = Build.of(model, every), frozenset(map(id, _tensors(every)))
             self._found.clear()
+            self._last.clear()
 
     def once(self, what: Hashable, find: Callable[[], T]) -> T:
         """What `find` returns, asked the first time only. what: names it, and all that it rests on but the build."""
         if what not in self._found:
             self._found[what] = find()
         return self._found[what]  # type: ignore[no-any-return]
+
+    def recall(self, what: Hashable) -> Any:
+        """What `once` returned; None if it wasn't asked since the model was built otherwise."""
+        return self._found.get(what)
+
+    def unless(self, what: str, rests_on: Any, find: Callable[[], T]) -> T:
+        """The same for what rests on something that differs from save to save, maybe: only the last one is kept."""
+        found = self._last.get(what)
+        if found is None or found[0] != rests_on:
+            found = self._last[what] = rests_on, find()
+        return found[1]
+
+    def ordinary(self) -> bool:
+        """Whether its state dict is its parameters and buffers, as they are: no module has a say of its own in it."""
+        assert self._build is not None, "look() comes first"
+        _, kinds, _, overrides, hooks = self._build.hooks
+        return self.once("ordinary", lambda: not overrides and not hooks and all(map(_ordinary, set(kinds))))
+
+    def owns(self, tensors: Mapping[str, torch.Tensor]) -> bool:
+        """Whether all of these are tensors of the model as `look` found it, or what PEFT chose of them: none is a copy,
+        and the next save has the very same objects.
+        """
+        return self._own.issuperset(map(id, tensors.values()))
 
     @contextmanager
     def reused(self, model: Any) -> Iterator[None]:
@@ -91,12 +117,12 @@ class Known:
             return
 
         def create_or_update_model_card(output_dir: str) -> None:
-            path = Path(output_dir) / "README.md"
-            if self._card is None:
-                original(output_dir)
-                self._card = path.read_bytes()
+            path, what = Path(output_dir) / "README.md", ("card", *base_names(model))
+            if what in self._found:
+                path.write_bytes(self._found[what])
             else:
-                path.write_bytes(self._card)
+                original(output_dir)
+                self._found[what] = path.read_bytes()
 
         model.__dict__["create_or_update_model_card"] = create_or_update_model_card
         try:
@@ -115,6 +141,7 @@ class Known:
                 if not self._all_its_own(chosen):  # made for the occasion: other ones the next time
                     return chosen
                 self._found[what] = chosen
+                self._own |= set(map(id, chosen.values()))
             return dict(self._found[what])  # whoever asks may put clones in it
 
         return get_peft_model_state_dict
@@ -123,38 +150,68 @@ class Known:
         """Whether these are tensors of the model, nothing that was computed from them."""
         if self._build is None or not isinstance(chosen, dict):
             return False
-        own = {identity(tensor) for tensor in self._build.tensors}
+        own = {identity(tensor) for tensor in _tensors(self._build.every)}
         return all(isinstance(tensor, torch.Tensor) and identity(tensor) in own for tensor in chosen.values())
 
 
-def _flat(every: Members) -> tuple[tuple[str, ...], tuple[torch.Tensor, ...], tuple[torch.nn.Module, ...]]:
-    parameters, buffers, modules = every
-    return (*parameters, *buffers), (*parameters.values(), *buffers.values()), modules
+def base_names(model: Any) -> tuple[str, ...]:
+    """What PEFT calls the model under an adapter, where nothing else says it."""
+    base = getattr(model, "base_model", None)
+    inner = (base, getattr(base, "model", None))
+    return tuple(str(vars(one).get("name_or_path")) for one in inner if isinstance(one, torch.nn.Module))
 
 
-def _places(tensors: tuple[torch.Tensor, ...]) -> list[Any]:
+def _tensors(every: Members) -> Iterator[torch.Tensor]:
+    return chain(every[0].values(), every[1].values())
+
+
+def _same(every: Members, other: Members) -> bool:
+    """The same objects under the same names, in the same order."""
+    if every[2] != other[2] or list(map(len, every)) != list(map(len, other)):
+        return False
+    if any(list(now) != list(before) for now, before in zip(every[:2], other[:2], strict=True)):
+        return False
+    return all(now is before for now, before in zip(_tensors(every), _tensors(other), strict=True))
+
+
+def _places(every: Members) -> list[Any]:
     """Where their memory is, and how it is read: `tensor.data = other` changes that and nothing else, and so two may
     become one."""
     return [
         (one.data_ptr(), one.dtype, one.shape, one.stride()) if one.layout is torch.strided else id(one)
-        for one in tensors
+        for one in _tensors(every)
     ]
+
+
+def _ordinary(kind: type[torch.nn.Module]) -> bool:
+    return all(getattr(kind, name) is getattr(torch.nn.Module, name) for name in _METHODS)
 
 
 def _hooks(model: torch.nn.Module, modules: tuple[torch.nn.Module, ...]) -> list[Any]:
     """What has a say in a state dict beside the tensors: torch numbers hooks, and no number comes twice."""
-    found: list[Any] = [model.__dict__.get("state_dict"), model.__dict__.get("save_pretrained")]
-    for module in modules:
-        found += module._state_dict_hooks
-        found += module._state_dict_pre_hooks
-        found += sorted(module._non_persistent_buffers_set)
-    return found
+    asked = list(map(_ASKED, modules))
+    loose = [(number, *sorted(one[2])) for number, one in enumerate(asked) if one[2]]
+    hooks = [number for one in asked if one[0] or one[1] for number in (*one[0], *one[1])]
+    return [model.__dict__.get("save_pretrained"), list(map(type, modules)), loose, _overrides(modules), hooks]
+
+
+def _overrides(modules: tuple[torch.nn.Module, ...]) -> list[tuple[Any, ...]]:
+    """Methods that a module has for itself alone."""
+    return [
+        (number, *map(own.get, _METHODS))
+        for number, own in enumerate(map(vars, modules))
+        if "state_dict" in own or "_save_to_state_dict" in own or "get_extra_state" in own  # a loop would take longer
+    ]
+
+
+_METHODS = ("state_dict", "_save_to_state_dict", "get_extra_state")
+_ASKED = attrgetter("_state_dict_hooks", "_state_dict_pre_hooks", "_non_persistent_buffers_set")
 
 
 def _adapters(model: torch.nn.Module) -> dict[str, Any]:
-    """Their configurations, as values of their own: PEFT changes some in place."""
+    """What their configurations are made of."""
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, dict):
         return {}
     unlike_any = object()  # of what can't be compared nobody knows whether it is the same
-    return {name: config.to_dict() if hasattr(config, "to_dict") else unlike_any for name, config in configs.items()}
+    return {name: getattr(config, "__dict__", unlike_any) for name, config in configs.items()}

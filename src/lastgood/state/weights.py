@@ -12,14 +12,15 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from lastgood.errors import Incompatible, IncompleteRestore
 from lastgood.state.conversions import converted
-from lastgood.state.digests import Digests, Held, identity
+from lastgood.state.digests import Digests, Split, identity
 from lastgood.state.fingerprint import Fingerprints, live_tensors
 from lastgood.state.known import Known
 from lastgood.state.match import some
@@ -30,6 +31,8 @@ from lastgood.state.replaced import replaced
 from lastgood.state.stored import Stored, fill, open_to
 from lastgood.state.tensors import by_digest, digest, holds, same_bits, signature
 from lastgood.store.checksum import kind_of
+
+T = TypeVar("T")
 
 WRITERS = (
     ("transformers.modeling_utils", "safe_save_file"),
@@ -100,6 +103,7 @@ class Coverage:
     known: Known = field(default_factory=Known)
     proven: set[str] = field(default_factory=set)
     stored: set[str] = field(default_factory=set)
+    _calm: tuple[object, object] = (None, None)  # of a save at which no tensor was in doubt
 
     @classmethod
     def begin(cls, model: torch.nn.Module) -> Coverage:
@@ -111,11 +115,19 @@ class Coverage:
         """A save begins, of these: what the last one found out holds as long as the model is built the same."""
         self.known.look(model, every)
 
+    def members(self, model: torch.nn.Module) -> Members:
+        """`lastgood.state.members.members`, quicker if they are those of the last time."""
+        return self.known.walk.through(model)
+
     @contextmanager
     def collecting(self, model: torch.nn.Module, directory: str) -> Iterator[list[TensorFile]]:
         """`taken_over` for the save_pretrained of this model."""
         with taken_over(directory) as files, self.known.reused(model):
             yield files
+
+    def collected(self, collect: Callable[[], T]) -> T:
+        """What `collect` makes of the model's state dict, or made of it before."""
+        return self.known.once("state dict", collect) if self.known.ordinary() else collect()
 
     def aliases(self, model: torch.nn.Module, files: Sequence[TensorFile]) -> dict[str, str]:
         """See `aliases`."""
@@ -133,12 +145,14 @@ class Coverage:
 
         Nothing that the files hold as it is gets hashed here: whoever writes them does that, see Digests.
         """
-        held = Held.of(files)
-        digests = Digests(list(live), *held.split(live, self.prints))
-        known = digests.known
+        split = self._split(live, files)
+        held, known = split.held, self._known(split, live)
+        digests = Digests(list(live), known, split.later)
+        if self._calm[0] is split and self._calm[1] is known:  # both remembered, and nothing else has a say in it
+            return digests, {}
         # What is neither trained nor changed comes with the model: the frozen base under an adapter, which
         # no adapter checkpoint stores, and buffers that are computed when the model is built.
-        loose = {n: tensor for n, tensor in live.items() if not held.where(tensor) and n not in self.proven}
+        loose = {name: live[name] for name in split.loose if name not in self.proven}
         own = set[str]()
         if loose and not hasattr(model, "peft_config"):
             own = {clean(name) for name in model.state_dict(keep_vars=True)}
@@ -147,6 +161,8 @@ class Coverage:
             for name, tensor in loose.items()
             if tensor.requires_grad or name in own or self.initial.get(name) != known[name]
         ]
+        if not doubtful:
+            self._calm = split, known
         same = held.digests({known[name] for name in doubtful})
         lost = [name for name in doubtful if known[name] not in same]
         untried = [name for name in lost if name not in self.stored]
@@ -157,6 +173,23 @@ class Coverage:
             self.proven |= led_back
             self.stored |= set(untried) - led_back
         return digests, {name: live[name] for name in lost if name in self.stored}
+
+    def _split(self, live: Mapping[str, torch.Tensor], files: Sequence[TensorFile]) -> Split:
+        find = partial(Split.of, live, files, self.prints)
+        if not all(self.known.owns(file.tensors) for file in files):  # copies: they aren't kept in memory for this
+            return find()
+        frozen = [tensor.requires_grad for tensor in live.values()]
+        contents = [(file.name, list(file.tensors), list(map(id, file.tensors.values()))) for file in files]
+        return self.known.unless("split", (frozen, contents), find)
+
+    def _known(self, split: Split, live: Mapping[str, torch.Tensor]) -> dict[str, str]:
+        """Digests of what isn't written as it is; those of a frozen base hold until something writes to it."""
+        find = partial(split.known, live, self.prints)
+        tensors = {name: live[name] for name in split.frozen}
+        if len(tensors) != len(split.now) or not self.known.owns(tensors):
+            return find()
+        written_to = [tensor._version for tensor in tensors.values()]
+        return self.known.unless("frozen", (list(tensors), written_to), find)
 
 
 def aliases(model: torch.nn.Module, stored: Collection[str]) -> dict[str, str]:

@@ -17,7 +17,7 @@ from lastgood.integrations.lightning.stream import Place
 from lastgood.repo.staging import Staging
 from lastgood.state import lightning as files
 from lastgood.state import optimizer, plain, rng, tree, weights
-from lastgood.state.digests import Digests, Held, identity
+from lastgood.state.digests import Digests, Split, identity
 from lastgood.state.fingerprint import Fingerprints, live_tensors
 from lastgood.state.rng import Rng
 from lastgood.state.tensors import named
@@ -53,7 +53,8 @@ class Weights:
     ) -> None:
         """Digests of all tensors, and those that are trained or changed and neither in `model` nor among `stored`."""
         live = live_tensors(module)
-        digests = Digests(list(live), *Held.of([model]).split(live, self.prints), {model.name: model.digests})
+        split = Split.of(live, [model], self.prints)
+        digests = Digests(list(live), split.known(live, self.prints), split.later, {model.name: model.digests})
         held = {identity(tensor) for tensor in (*model.tensors.values(), *stored)}
         lost = {
             name: tensor

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from operator import is_
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ import torch
 from lastgood.errors import NotSupported, UsageError
 from lastgood.integrations.torch.exchange import Reading, Ready, Writing
 from lastgood.integrations.torch.stamp import Stamp
-from lastgood.state import tree, weights
+from lastgood.repo.staging import Staging
+from lastgood.state import adapter, tree, weights
 from lastgood.state.digests import identity
 from lastgood.state.fingerprint import live_tensors
 from lastgood.state.match import Match
-from lastgood.state.members import Members, members
+from lastgood.state.members import Members
 from lastgood.state.meta import unfilled
 from lastgood.state.optimizer import clean
 from lastgood.state.partial import by_name
@@ -46,6 +48,7 @@ class Model:
     module: torch.nn.Module
     _coverage: Coverage = field(init=False)
     _tracked: tuple[torch.Tensor, ...] = ()
+    _sized: tuple[tuple[torch.Tensor, ...], int] = ((), 0)  # those whose bytes were summed up, and the sum
     _every: Members = field(default_factory=lambda: ({}, {}, ()))  # as `live` found them last
 
     def __post_init__(self) -> None:
@@ -61,10 +64,15 @@ class Model:
     @property
     def live(self) -> dict[str, torch.Tensor]:
         """Every parameter and buffer, under the name that optimizers' states use."""
+        self._every = self._coverage.members(self.module)
+        return self.seen
+
+    @property
+    def seen(self) -> dict[str, torch.Tensor]:
+        """The same of a module in which nothing was replaced since `live`, or `replaced`, was asked last."""
         prefix = "" if self.name == "model" else f"{self.name}."
-        every = self._every = members(self.module)
-        found = {**live_tensors(self.module, every), **unfilled(self.module, every)}
-        return {prefix + name: tensor for name, tensor in found.items()}
+        found = {**live_tensors(self.module, self._every), **unfilled(self.module, self._every)}
+        return {prefix + name: tensor for name, tensor in found.items()} if prefix else found
 
     @property
     def empty(self) -> dict[str, torch.Tensor]:
@@ -72,9 +80,12 @@ class Model:
         return unfilled(self.module)
 
     def estimate(self) -> int:
-        adapter = hasattr(self.module, "peft_config")
-        live = self._tracked or live_tensors(self.module).values()
-        return sum(t.numel() * t.element_size() for t in live if t.requires_grad or not adapter)
+        live = self._tracked or tuple(live_tensors(self.module).values())
+        if hasattr(self.module, "peft_config"):
+            return sum(tensor.nbytes for tensor in live if tensor.requires_grad)
+        if self._sized[0] is not live:
+            self._sized = live, sum(tensor.nbytes for tensor in live)
+        return self._sized[1]
 
     def stamp(self) -> Stamp:
         tracked = self._tracked
@@ -83,15 +94,19 @@ class Model:
         return tuple(-1 if tensor.is_inference() else tensor._version for tensor in tracked)
 
     def replaced(self) -> bool:
-        """Whether it has other tensors than those that the stamp is about."""
-        now = tuple(live_tensors(self.module).values())
-        return len(now) != len(self._tracked) or any(a is not b for a, b in zip(now, self._tracked, strict=True))
+        """Whether it has other tensors now than those that the stamp is about."""
+        self._every = self._coverage.members(self.module)
+        return not self._tracks(live_tensors(self.module, self._every))
+
+    def _tracks(self, live: Mapping[str, torch.Tensor]) -> bool:
+        return len(live) == len(self._tracked) and all(map(is_, live.values(), self._tracked))
 
     # ---- writing -------------------------------------------------------------------------
 
     def write(self, out: Writing) -> None:
         live = live_tensors(self.module, self._every)  # whoever made `out` has asked for them
-        self._tracked = tuple(live.values())
+        if not self._tracks(live):
+            self._tracked = tuple(live.values())
         self._coverage.look(self.module, self._every)
         files, about = self._files(out, live)
         digests, extras = self._coverage.extras(self.module, live, files)
@@ -122,12 +137,26 @@ class Model:
         """(files, what to know of them): `aliases` other name -> name of tied tensors; `extra_state` of its modules;
         `own`: names that only the model's state_dict has, neither parameters nor buffers."""
         if self._pretrained:
-            place = out.staging.path if self.name == "model" else os.path.join(out.staging.path, self.name)
-            with self._coverage.collecting(self.module, out.staging.path) as files:
-                self.module.save_pretrained(place)  # type: ignore[operator]
-            out.staging.adopt("model")
+            files = self._save_pretrained(out.staging)
             tied = self._coverage.aliases(self.module, files)
             return files, {"aliases": tied} if tied else {}
+        file, about = self._coverage.collected(lambda: self._state_dict(live))
+        return [file], dict(about)
+
+    def _save_pretrained(self, staging: Staging) -> list[TensorFile]:
+        known = adapter.recall(self._coverage.known, self.module)
+        if known is not None:
+            for name, content in known.beside.items():
+                staging.data(name, "model", content)
+            return list(known.tensors)
+        place = staging.path if self.name == "model" else os.path.join(staging.path, self.name)
+        with self._coverage.collecting(self.module, staging.path) as files:
+            self.module.save_pretrained(place)  # type: ignore[operator]
+        adapter.remember(self._coverage.known, self.module, files, staging.directory)
+        staging.adopt("model")
+        return files
+
+    def _state_dict(self, live: Mapping[str, torch.Tensor]) -> tuple[TensorFile, dict[str, Any]]:
         tensors: dict[str, torch.Tensor] = {}
         about: dict[str, Any] = {}
         first: dict[tuple[Any, ...], str] = {}
@@ -148,7 +177,7 @@ class Model:
                     about.setdefault("own", []).append(name)
             else:
                 about.setdefault("aliases", {})[name] = known
-        return [TensorFile(f"{self.name}.safetensors", tensors, {"format": "pt"})], about
+        return TensorFile(f"{self.name}.safetensors", tensors, {"format": "pt"}), about
 
     # ---- reading -------------------------------------------------------------------------
 

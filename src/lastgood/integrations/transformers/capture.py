@@ -17,7 +17,6 @@ from lastgood.integrations.transformers import extras
 from lastgood.repo.staging import Staging
 from lastgood.state import optimizer, rng, tree
 from lastgood.state.data import Position
-from lastgood.state.members import members
 from lastgood.state.rng import Rng
 from lastgood.state.tensors import named
 from lastgood.state.weights import Coverage
@@ -52,7 +51,7 @@ def write(
 
     live: the model's tensors as they are now.
     """
-    coverage.look(trainer.model, members(trainer.model))
+    coverage.look(trainer.model, coverage.members(trainer.model))
     with coverage.collecting(trainer.model, staging.path) as files:
         trainer.save_model(staging.path, _internal_call=True)
     digests, beside = coverage.extras(trainer.model, live, files)

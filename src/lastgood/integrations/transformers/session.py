@@ -261,7 +261,7 @@ class Session:
             self.live.background = None
         trainer, step = self.trainer, self.trainer.state.global_step
         assert self.coverage is not None
-        coverage, live = self.coverage, live_tensors(trainer.model)
+        coverage, live = self.coverage, live_tensors(trainer.model, self.coverage.members(trainer.model))
         consumed = step % self.updates_per_epoch * trainer.args.gradient_accumulation_steps
         moment = capture.Moment(
             where=self.where,
