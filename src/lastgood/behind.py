@@ -9,22 +9,28 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from lastgood import parting
 from lastgood.background import Background
+from lastgood.garbage import uncollected
 from lastgood.grace import Grace
 from lastgood.holding import Holding
 from lastgood.model import Record, Span
 from lastgood.repo import journal
-from lastgood.repo.draft import Changed, Eager, Window
+from lastgood.repo.draft import Blank, Changed, Eager, Window, draft
 from lastgood.repo.lock import RunLock
 from lastgood.repo.read import records
+from lastgood.repo.staging import Staging, open_staging
 from lastgood.store import direct, local
 from lastgood.store.dissolve import dissolve
 from lastgood.store.memory import Arena, Pin, Short
 from lastgood.talk import say, warn
 from lastgood.units import size
 from lastgood.writer import Writer
+
+REHEARSED = 64 << 20
+"""Bytes (64 MiB) up to which a state is copied in a rehearsal, too: that takes some ten milliseconds."""
 
 SPENT = ("stall", "copy", "hash", "write", "sync")
 """What the journal says of a save, in seconds (FORMAT.md)."""
@@ -85,24 +91,40 @@ class Behind(Holding):
     _arena: Arena = field(default_factory=Arena, init=False)
     _window: Window = field(default_factory=Eager, init=False)  # of the last save
     _announced: bool = field(default=False, init=False)
-    _warm: bool = field(default=False, init=False)
+    _warm: Literal["", "under way", "rehearsed"] = field(default="", init=False)
 
     def open(self, *, takeover: bool = False) -> None:
         """Become the only writer, with a thread of this process; see `Holding.open`."""
         self._writer, self._arena = Writer(), Arena(pin=self.pin)
-        self._hurry = self._awaited = self._warm = False
+        self._hurry, self._awaited, self._warm = False, False, ""
         self.grace.seconds, self.grace.refused = parting.known(), -1
         Holding.open(self, takeover=takeover)
 
-    def warm(self, estimate: Callable[[], int], also: Callable[[], object] = bool) -> None:
-        """Have the memory ready that all saves use, while training goes on: the first one would wait for it.
+    def warm(
+        self,
+        estimate: Callable[[], int],
+        also: Callable[[], object] = bool,
+        write: Callable[[Staging], None] | None = None,
+    ) -> None:
+        """Have ready what all saves use, so that the first one needn't wait for it: the memory, while training goes on;
+        then what is known of a model as soon as a save was staged.
 
-        To be called behind the first step, when optimizers have their state, and as often as that is simpler.
-        estimate: gives the bytes of a save. also: what else the first save would do once.
+        To be called behind every step: in the first one optimizers get their state. estimate: gives the bytes of a
+        save. also: what else the first save would do once. write: what it would stage.
         """
-        if self._warm or self._lock is None or not self._writer.mine:
+        if self._warm == "rehearsed" or self._lock is None or not self._writer.mine:
             return
-        self._warm, count, background = True, estimate(), self.background
+        if not self._warm:
+            self._warm = "under way"
+            self._get_memory(estimate(), also)
+        elif write is None or self.background is None or self.saved:
+            self._warm = "rehearsed"
+        elif not self._writer.busy:
+            self._warm = "rehearsed"
+            self._rehearse(write, estimate())
+
+    def _get_memory(self, count: int, also: Callable[[], object]) -> None:
+        background = self.background
 
         def job() -> None:
             if background is not None:
@@ -113,8 +135,20 @@ class Behind(Holding):
                 direct.ready(count)
             also()
 
-        if count >= direct.LARGE:
+        if count >= direct.LARGE or background is not None:
             self._writer.submit(job)
+
+    def _rehearse(self, write: Callable[[Staging], None], count: int) -> None:
+        """Have staged what nobody commits. Of a large state the tensors are left out: to copy them takes too long."""
+        whole = count <= REHEARSED and self.pin is None
+        with suppress(Exception):  # the first save says it
+            arena, window = (self._arena, self.stages()) if whole else (Arena(), Blank())
+            staging = draft(open_staging(self.root), arena, window)
+            try:
+                with uncollected():
+                    write(staging)
+            finally:
+                staging.discard()
 
     @property
     def busy(self) -> bool:

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -209,7 +210,6 @@ class CheckpointManager:
         self._once.take()  # a loader that begins only now goes on under what the steps since the restore have left
         boundary = self._boundary = Boundary.here(step, self.parts)
         self._heed(step)
-        self._run.warm(lambda: sum(item.estimate() for item in self.parts), tables)
         self._loss = loss
         if loss is not None:
             self._recorder.loss(loss if isinstance(loss, torch.Tensor) else torch.tensor(float(loss)))
@@ -222,6 +222,7 @@ class CheckpointManager:
             self._occasions.stopping(step)  # asked to leave meanwhile: what is behind this step is saved
         if self._occasions.leave:
             self._leave(boundary)
+        self._run.warm(partial(writing.size, self.parts), tables, writing.rehearsal(self.parts, boundary))
 
     def record(self, step: int, **metrics: Any) -> None:
         """Attach metrics to the checkpoint of this step, whenever they arrive; they decide which one is the best.
@@ -266,7 +267,7 @@ class CheckpointManager:
                 hint="call it right behind step(), or step() with the number of steps that are complete now",
             )
         self._heed(boundary.step)
-        return self._run.saved.get(boundary.step) or self._save(boundary, (why,))
+        return self._run.saved.get(boundary.step) or self._save(boundary, (why,), looked_at=True)
 
     def settle(self) -> None:
         """Wait until every save so far is on the disk; one that failed meanwhile is told as on_error says."""
@@ -325,23 +326,23 @@ class CheckpointManager:
         if self._run.space.lack is not None:
             self._occasions.no_room(step)
 
-    def _save(self, boundary: Boundary, reasons: Sequence[str], *, skip: bool = False) -> Record | None:
+    def _save(
+        self, boundary: Boundary, reasons: Sequence[str], *, skip: bool = False, looked_at: bool = False
+    ) -> Record | None:
         started = time.monotonic()
         told: dict[str, Any] = {"saved_because": "; ".join(reasons)}
         loss = finite(number(self._loss))
         if loss is not None:
             told["loss"] = loss
-        costs = {
-            item.name: str(cost) for item in self.parts if isinstance(item, Data) and (cost := item.cost()).batches
-        }
+        costs = {item.name: str(cost) for item in self._loaders() if (cost := item.cost()).batches}
         if costs:  # known beforehand: reading a stream again may take longer than the training since the last save
             told["to_resume"] = costs
         self._recorder.flush()
         self._guard.judge(self._run)
         record = self._run.save(
             boundary.step,
-            lambda staging: writing.write(staging, self.parts, boundary, self.epoch),
-            estimate=sum(item.estimate() for item in self.parts),
+            lambda staging: writing.write(staging, self.parts, boundary, self.epoch, looked_at=looked_at),
+            estimate=writing.size(self.parts),
             environment=facts.environment(),
             arguments=self._arguments,
             facts={**self._facts, **told, **self._guard.facts()},
@@ -392,7 +393,7 @@ class CheckpointManager:
         moved = boundary.moved(self.parts, sure=sure)
         if moved:
             say(f"{why}: not saved, because {', '.join(moved)} changed since step {boundary.step}")
-        elif self._save(boundary, (why,)) is not None:
+        elif self._save(boundary, (why,), looked_at=True) is not None:
             say(f"{why}: saved as step {boundary.step}")
 
 

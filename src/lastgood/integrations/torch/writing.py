@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -14,7 +14,7 @@ from lastgood.integrations.torch.boundary import Boundary
 from lastgood.integrations.torch.exchange import Part, Writing
 from lastgood.integrations.torch.loader import Data
 from lastgood.integrations.torch.module import Model
-from lastgood.integrations.torch.parts import Value
+from lastgood.integrations.torch.parts import Optimizer, Value
 from lastgood.repo.staging import Staging
 from lastgood.state import facts as about
 from lastgood.state import quick, rng
@@ -23,9 +23,14 @@ from lastgood.state.saved import DIGESTS, RESUME, STATE
 from lastgood.state.tensors import named
 
 
-def write(staging: Staging, parts: Sequence[Part], boundary: Boundary, epoch: float) -> None:
-    """Stage everything. Raises NotSupported, with the place, for what can't be stored bit for bit."""
-    out = Writing(staging, live=live(parts))
+def write(
+    staging: Staging, parts: Sequence[Part], boundary: Boundary, epoch: float, *, looked_at: bool = False
+) -> None:
+    """Stage everything. looked_at: whether each model was asked a moment ago which tensors it has.
+
+    Raises NotSupported, with the place, for what can't be stored bit for bit.
+    """
+    out = Writing(staging, live=live(parts, looked_at=looked_at))
     for part in parts:
         part.write(out)
     about = {"format": FORMAT, "tensors": {}, **out.digests}
@@ -41,12 +46,22 @@ def write(staging: Staging, parts: Sequence[Part], boundary: Boundary, epoch: fl
     staging.data(RESUME, "progress", quick.dumps({key: _encoded(key, value) for key, value in resume.items()}))
 
 
-def live(parts: Sequence[Part]) -> dict[str, torch.Tensor]:
+def rehearsal(parts: Sequence[Part], boundary: Boundary) -> Callable[[Staging], None]:
+    """Stages what takes the time of a first save: models and optimizers, and no code of the user's own beside them."""
+    return lambda staging: write(staging, [p for p in parts if isinstance(p, (Model, Optimizer))], boundary, 0.0)
+
+
+def size(parts: Iterable[Part]) -> int:
+    """Bytes that a save will need."""
+    return sum(part.estimate() for part in parts)
+
+
+def live(parts: Sequence[Part], *, looked_at: bool = False) -> dict[str, torch.Tensor]:
     """Every tensor that may be trained, under the name that the optimizers' states use."""
     found: dict[str, torch.Tensor] = {}
     for part in parts:
         if isinstance(part, Model):
-            found |= part.live
+            found |= part.seen if looked_at else part.live
         elif isinstance(part, Value) and isinstance(part.value, torch.Tensor):
             found[part.name] = part.value
     return found
