@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from lastgood.errors import Incompatible, IncompleteRestore
+from lastgood.state.capturing import Capturing
 from lastgood.state.conversions import converted
 from lastgood.state.digests import Digests, Split, identity
 from lastgood.state.fingerprint import Fingerprints, live_tensors
@@ -95,12 +96,13 @@ class Coverage:
     """Remembers, per run, what the model was at the start, and what was tried once.
 
     proven: live tensors that the conversions lead back to. stored: those that nothing leads back to, which are
-    stored under their live names. known: what the last save found out.
+    stored under their live names. known: what the last save found out; capturing: the same of an optimizer.
     """
 
     initial: dict[str, str]
     prints: Fingerprints
     known: Known = field(default_factory=Known)
+    capturing: Capturing = field(default_factory=Capturing)
     proven: set[str] = field(default_factory=set)
     stored: set[str] = field(default_factory=set)
     _calm: tuple[object, object] = (None, None)  # of a save at which no tensor was in doubt

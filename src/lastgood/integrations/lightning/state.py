@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from lastgood.integrations.lightning.stream import Place
 from lastgood.repo.staging import Staging
 from lastgood.state import lightning as files
 from lastgood.state import optimizer, plain, rng, tree, weights
+from lastgood.state.capturing import Capturing
 from lastgood.state.digests import Digests, Split, identity
 from lastgood.state.fingerprint import Fingerprints, live_tensors
 from lastgood.state.rng import Rng
@@ -41,6 +42,7 @@ class Weights:
 
     initial: dict[str, str]
     prints: Fingerprints
+    capturing: dict[int, Capturing] = field(default_factory=dict)
 
     @classmethod
     def begin(cls, module: torch.nn.Module) -> Weights:
@@ -86,7 +88,7 @@ def write(
     under = checkpoint.get("current_model_state", {}) if full else {}
     proof.stage(staging, module, model, [t for t in under.values() if isinstance(t, torch.Tensor)])
     if full:
-        _write_resume(staging, checkpoint, trainer, module, now, precision, left)
+        _write_resume(staging, checkpoint, trainer, module, now, proof, precision, left)
     return left
 
 
@@ -96,13 +98,15 @@ def _write_resume(
     trainer: Any,
     module: Any,
     now: Moment,
+    proof: Weights,
     precision: str,
     left: Mapping[str, str],
 ) -> None:
     live, tensors = live_tensors(module), {}
     states = []
     for number, one in enumerate(trainer.optimizers):
-        entry, found = optimizer.capture(one, live, prefix=f"{number}." if number else "")
+        capturing = proof.capturing.setdefault(number, Capturing())
+        entry, found = capturing.capture(one, live, prefix=f"{number}." if number else "")
         states.append(entry)
         tensors.update(found)
     single = len(states) == 1

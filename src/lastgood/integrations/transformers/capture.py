@@ -15,7 +15,8 @@ from lastgood.format import guard
 from lastgood.format.digests import FORMAT
 from lastgood.integrations.transformers import extras
 from lastgood.repo.staging import Staging
-from lastgood.state import optimizer, rng, tree
+from lastgood.state import rng, tree
+from lastgood.state.capturing import Capturing
 from lastgood.state.data import Position
 from lastgood.state.rng import Rng
 from lastgood.state.tensors import named
@@ -68,12 +69,14 @@ def write(
         staging.data(name, "model", guard.content(name))
     staging.data("trainer_state.json", "model", trainer_state(trainer))
     if not trainer.args.save_only_model:
-        _write_resume_state(trainer, staging, live, moment)
+        _write_resume_state(trainer, staging, live, moment, coverage.capturing)
     staging.adopt("model")
 
 
-def _write_resume_state(trainer: Any, staging: Staging, live: Mapping[str, torch.Tensor], moment: Moment) -> None:
-    values, tensors = optimizer.capture(trainer.optimizer, live)
+def _write_resume_state(
+    trainer: Any, staging: Staging, live: Mapping[str, torch.Tensor], moment: Moment, capturing: Capturing
+) -> None:
+    values, tensors = capturing.capture(trainer.optimizer, live)
     scaler = getattr(trainer.accelerator, "scaler", None)
     resume = {
         "format": 1,
@@ -157,8 +160,5 @@ def estimate(trainer: Any, live: Mapping[str, torch.Tensor], *, full: bool) -> i
     adapter = hasattr(trainer.model, "peft_config")
     total = sum(t.numel() * t.element_size() for t in live.values() if t.requires_grad or not adapter)
     if full and trainer.optimizer is not None:
-        total += extras.size(trainer, live)
-        for entry in optimizer.plain(trainer.optimizer).state.values():
-            values = entry.values() if isinstance(entry, Mapping) else ()
-            total += sum(v.numel() * v.element_size() for v in values if hasattr(v, "element_size"))
+        total += extras.size(trainer, live) + Capturing().bytes(trainer.optimizer)
     return int(total)
