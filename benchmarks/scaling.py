@@ -1,7 +1,8 @@
 """How the cost of saves and restores grows: with the bytes of a state, and with the number of its tensors.
 
-Saves before training goes on, the stall of saves in the background, verified restores, and beside them torch.save with
-an fsync and the bare disk, each state in a process of its own, in turn. The exponent is the slope between two sizes on
+Saves before training goes on, the stall of saves in the background, verified restores from a disk that has to be asked,
+and beside them the same bytes read without a look at them, torch.save with an fsync and the bare disk, each state in a
+process of its own, in turn. The exponent is the slope between two sizes on
 logarithmic axes: 1 is linear, less is a fixed cost that is shared out; more than that would be a cost for each pair of
 things.
 
@@ -28,7 +29,7 @@ from rich.progress import track
 
 from benchmarks import figures
 
-COSTS = ("save", "background stall", "restore", "torch.save + fsync", "raw O_DIRECT")
+COSTS = ("save", "background stall", "restore", "read", "torch.save + fsync", "raw O_DIRECT")
 SAVES = 3
 """In a process; the first one isn't counted."""
 STEEP = 1.2
@@ -81,6 +82,12 @@ def measure(count: int, elements: int, place: Path) -> dict[str, float]:
             found[cost] = figures.middle(times[1:])
         if background:  # the disk may not have room for all of it at the same time
             shutil.rmtree(root)
+    (saved,) = (place / "save").glob("checkpoint-*")
+    for cost in ("read", "restore"):
+        optimizer.state.clear()  # a new process has none yet, nor memory for it
+        _forget(saved)
+        if cost == "read":
+            found[cost] = _timed(lambda: _read(saved, model))
     back = lastgood.CheckpointManager(place / "save", model=model, optimizer=optimizer)
     found["restore"] = _timed(lambda: back.restore("last"))
     back.close()
@@ -95,6 +102,28 @@ def measure(count: int, elements: int, place: Path) -> dict[str, float]:
         (place / "raw").unlink()
     found["raw O_DIRECT"] = figures.middle(times)
     return found
+
+
+def _forget(directory: Path) -> None:
+    """Have the system ask the disk for its files."""
+    os.sync()
+    for file in directory.iterdir():
+        with open(file, "rb", buffering=0) as handle:
+            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _read(directory: Path, model: Any) -> None:
+    """The bytes of weights and Adam's state, into the live weights and new memory."""
+    import torch
+
+    kept: list[Any] = []
+    files = (directory / "model.safetensors", directory / "optimizer.safetensors")
+    with open(files[0], "rb") as weights, open(files[1], "rb") as state:
+        for parameter in model.parameters():
+            weights.readinto(memoryview(parameter.detach().view(torch.uint8).numpy()))
+            kept += [torch.empty_like(parameter), torch.empty_like(parameter)]
+            for tensor in kept[-2:]:
+                state.readinto(memoryview(tensor.detach().view(torch.uint8).numpy()))
 
 
 def _timed(act: Callable[[], Any]) -> float:
