@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -189,3 +191,15 @@ def test_the_names_are_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
         step(model, optimizer)
         capturing.capture(optimizer, live(model))
     assert asked == [1]
+
+
+def test_tensors_that_an_optimizer_gave_up_are_nobodys() -> None:
+    model = net()
+    optimizer, capturing = KINDS["AdamW"](model.parameters()), Capturing()
+    step(model, optimizer)
+    capturing.capture(optimizer, live(model))
+    given_up = [weakref.ref(value) for entry in optimizer.state.values() for value in entry.values()]
+    for entry in optimizer.state.values():
+        entry.update({key: value.clone() for key, value in entry.items()})
+    gc.collect()
+    assert not any(reference() is not None for reference in given_up)

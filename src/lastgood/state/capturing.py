@@ -5,9 +5,11 @@ To name each tensor of thousands of parameters, and to say in JSON where it is, 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -15,12 +17,14 @@ import torch
 from lastgood.state.optimizer import capture, encoded_groups, parameter_names, plain
 
 FIXED = frozenset({torch.Tensor, torch.nn.Parameter, int, float, bool, str, type(None)})
-"""Kinds of values that are another object when they are another value; of a tensor its name is all that is kept."""
+"""Kinds of values that are another object when they are another value; of a tensor only its name is remembered."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What the last capture rests on, by the very objects: they are kept, so that no other one gets their number."""
+    """What a capture rests on, by the very objects. Parameters are kept, so that no other one gets their number; of the
+    state's tensors only weak references, or an optimizer that makes new ones would need room for the old ones as well.
+    """
 
     live: list[str]
     tensors: list[torch.Tensor]
@@ -31,52 +35,54 @@ class Shape:
     values: list[Any]
 
     @classmethod
-    def of(cls, optimizer: torch.optim.Optimizer, live: Mapping[str, torch.Tensor]) -> Shape | None:
-        """None for an optimizer that may hand out something else than it holds."""
-        if getattr(type(optimizer), "state_dict", None) is not torch.optim.Optimizer.state_dict:
-            return None
-        if "state_dict" in vars(optimizer):
-            return None
-        if optimizer._optimizer_state_dict_pre_hooks or optimizer._optimizer_state_dict_post_hooks:
-            return None
+    def of(cls, optimizer: torch.optim.Optimizer, live: Mapping[str, torch.Tensor], values: list[Any]) -> Shape:
         entries = list(optimizer.state.values())
-        if set(map(type, entries)) - {dict}:
-            return None
         return cls(
             list(live), list(live.values()), [list(group["params"]) for group in optimizer.param_groups],
             list(optimizer.state), list(chain.from_iterable(entries)), list(map(len, entries)),
-            list(chain.from_iterable(entry.values() for entry in entries)),
+            [weakref.ref(value) if isinstance(value, torch.Tensor) else value for value in values],
         )  # fmt: skip
 
-    @property
-    def fixed(self) -> bool:
-        return FIXED.issuperset(map(type, self.values))
-
-    def same(self, other: Shape) -> bool:
+    def still(self, optimizer: torch.optim.Optimizer, live: Mapping[str, torch.Tensor], values: list[Any]) -> bool:
         """Whether all of it is the same object, or the same text."""
+        entries, groups = optimizer.state.values(), optimizer.param_groups
         return (
-            self.sizes == other.sizes
-            and list(map(id, self.values)) == list(map(id, other.values))
-            and list(map(id, self.keys)) == list(map(id, other.keys))
-            and list(map(id, self.parameters)) == list(map(id, other.parameters))
-            and [list(map(id, one)) for one in self.groups] == [list(map(id, one)) for one in other.groups]
-            and list(map(id, self.tensors)) == list(map(id, other.tensors))
-            and self.live == other.live
+            list(map(len, entries)) == self.sizes
+            and all(map(is_, values, [one() if type(one) is weakref.ref else one for one in self.values]))
+            and list(map(id, chain.from_iterable(entries))) == list(map(id, self.keys))
+            and list(map(id, optimizer.state)) == list(map(id, self.parameters))
+            and [list(map(id, group["params"])) for group in groups] == [list(map(id, one)) for one in self.groups]
+            and list(map(id, live.values())) == list(map(id, self.tensors))
+            and list(live) == self.live
         )
 
 
+def _values(optimizer: torch.optim.Optimizer) -> list[Any] | None:
+    """All that its state holds; None where it may hand out something else than it holds."""
+    if getattr(type(optimizer), "state_dict", None) is not torch.optim.Optimizer.state_dict:
+        return None
+    if "state_dict" in vars(optimizer):
+        return None
+    if optimizer._optimizer_state_dict_pre_hooks or optimizer._optimizer_state_dict_post_hooks:
+        return None
+    entries = list(optimizer.state.values())
+    if set(map(type, entries)) - {dict}:
+        return None
+    return list(chain.from_iterable(entry.values() for entry in entries))
+
+
 class Taken(NamedTuple):
-    """What a capture found: of the parameters their names, by group; of their states the JSON and the tensors."""
+    """What a capture found. names: of the parameters, by group; values: JSON; tensors: names of those of the state."""
 
     shape: Shape
     names: list[list[str]]
     values: dict[str, Any]
-    tensors: dict[str, torch.Tensor]
+    tensors: list[str]
 
 
 @dataclass(slots=True)
 class Capturing:
-    """Of one optimizer. What is kept of its tensors is the tensors themselves, no copy of any."""
+    """Of one optimizer."""
 
     _last: Taken | None = None
     _bytes: tuple[int, int] = (-1, 0)  # parameters with a state, and its bytes
@@ -93,15 +99,16 @@ class Capturing:
         self, optimizer: Any, live: Mapping[str, torch.Tensor], prefix: str = ""
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """What `lastgood.state.optimizer.capture` gives. Always of the same prefix."""
-        inner = plain(optimizer)
-        shape, last = Shape.of(inner, live), self._last
-        if shape is not None and last is not None and shape.same(last.shape):
-            tensors = dict(last.tensors)
+        inner, last = plain(optimizer), self._last
+        held = _values(inner)
+        if last is not None and held is not None and last.shape.still(inner, live, held):
+            state = (value for value in held if isinstance(value, torch.Tensor))
+            tensors = dict(zip(last.tensors, state, strict=True))
             groups = encoded_groups(inner.param_groups, last.names, tensors, prefix)
             return {**last.values, "groups": groups}, tensors
         self._last = None
         values, tensors = capture(optimizer, live, prefix)
-        if shape is not None and shape.fixed:
-            state = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}state.")}
-            self._last = Taken(shape, parameter_names(inner, live), dict(values), state)
+        if held is not None and FIXED.issuperset(map(type, held)):
+            names = [name for name in tensors if name.startswith(f"{prefix}state.")]
+            self._last = Taken(Shape.of(inner, live, held), parameter_names(inner, live), dict(values), names)
         return values, tensors
