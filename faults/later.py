@@ -84,12 +84,12 @@ def save_and_free(root: Path) -> None:
 def _save(root: Path, step: Callable[[Manager, Collection[Any]], object]) -> Manager:
     import torch
 
-    from lastgood.state.lazy import Lazy, Pace, place
+    from lastgood.state.lazy import Lazy, Pace
     from lastgood.state.tensors import named
 
     meeting, made = Meeting(root), manager(root)
     parts = {name: torch.frombuffer(bytearray(content(4)), dtype=torch.uint8) for name in ("model", "optimizer")}
-    places = {name: {where} for name, tensor in parts.items() if (where := place(tensor, 1))}
+    places = {name: {(tensor.data_ptr(), tensor.nbytes)} for name, tensor in parts.items()}
     made.background = Background()
     made.stages = lambda: Lazy(places["model"], places["optimizer"], Pace(small=1, piece=PIECE, wait=meeting.wait))
     try:

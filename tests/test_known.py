@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lastgood import CheckpointManager
-from lastgood.state.members import members
 from lastgood.state.weights import Coverage, aliases, computed, taken_over
 from test_adapters import KINDS, LORA
 
@@ -39,7 +38,7 @@ def saved(model: Any, files: Any, directory: str) -> Found:
 
 def remembering(model: Any, coverage: Coverage) -> tuple[Found, dict[str, str], set[str]]:
     """As a save of the run does it."""
-    coverage.look(model, members(model))
+    coverage.look(model, coverage.members(model))
     with TemporaryDirectory() as directory:
         with coverage.collecting(model, directory) as files:
             model.save_pretrained(directory)

@@ -47,9 +47,7 @@ class Build:
 
     def still(self, model: torch.nn.Module, every: Members) -> bool:
         """Whether it is, as far as anything that chooses tensors by their names could notice."""
-        if every is not self.every and not _same(every, self.every):
-            return False
-        if _places(every) != self.places or _hooks(model, every[2]) != self.hooks:
+        if every is not self.every or _places(every) != self.places or _hooks(model, every[2]) != self.hooks:
             return False
         try:
             return bool(_adapters(model) == self.adapters)
@@ -68,7 +66,10 @@ class Known:
     _own: frozenset[int] = frozenset()
 
     def look(self, model: torch.nn.Module, every: Members) -> None:
-        """To be called first in each save: forget what was found out if the model is built otherwise now."""
+        """To be called first in each save: forget what was found out if the model is built otherwise now.
+
+        every: what `walk` found, which is another object if it is another.
+        """
         if self._build is None or not self._build.still(model, every):
             self._build, self._own = Build.of(model, every), frozenset(map(id, _tensors(every)))
             self._found.clear()
@@ -94,8 +95,10 @@ class Known:
     def ordinary(self) -> bool:
         """Whether its state dict is its parameters and buffers, as they are: no module has a say of its own in it."""
         assert self._build is not None, "look() comes first"
-        _, kinds, _, overrides, hooks = self._build.hooks
-        return self.once("ordinary", lambda: not overrides and not hooks and all(map(_ordinary, set(kinds))))
+        modules, (*_, overrides, hooks) = self._build.every[2], self._build.hooks
+        return self.once(
+            "ordinary", lambda: not overrides and not hooks and all(map(_ordinary, set(map(type, modules))))
+        )
 
     def owns(self, tensors: Mapping[str, torch.Tensor]) -> bool:
         """Whether all of these are tensors of the model as `look` found it, or what PEFT chose of them: none is a copy,
@@ -165,15 +168,6 @@ def _tensors(every: Members) -> Iterator[torch.Tensor]:
     return chain(every[0].values(), every[1].values())
 
 
-def _same(every: Members, other: Members) -> bool:
-    """The same objects under the same names, in the same order."""
-    if every[2] != other[2] or list(map(len, every)) != list(map(len, other)):
-        return False
-    if any(list(now) != list(before) for now, before in zip(every[:2], other[:2], strict=True)):
-        return False
-    return all(now is before for now, before in zip(_tensors(every), _tensors(other), strict=True))
-
-
 def _places(every: Members) -> list[Any]:
     """Where their memory is, and how it is read: `tensor.data = other` changes that and nothing else, and so two may
     become one."""
@@ -189,10 +183,9 @@ def _ordinary(kind: type[torch.nn.Module]) -> bool:
 
 def _hooks(model: torch.nn.Module, modules: tuple[torch.nn.Module, ...]) -> list[Any]:
     """What has a say in a state dict beside the tensors: torch numbers hooks, and no number comes twice."""
-    asked = list(map(_ASKED, modules))
-    loose = [(number, *sorted(one[2])) for number, one in enumerate(asked) if one[2]]
-    hooks = [number for one in asked if one[0] or one[1] for number in (*one[0], *one[1])]
-    return [model.__dict__.get("save_pretrained"), list(map(type, modules)), loose, _overrides(modules), hooks]
+    hooks = list(chain.from_iterable(filter(None, chain.from_iterable(map(_HOOKS, modules)))))
+    loose = [(number, *sorted(names)) for number, names in enumerate(map(_LOOSE, modules)) if names]
+    return [model.__dict__.get("save_pretrained"), loose, _overrides(modules), hooks]
 
 
 def _overrides(modules: tuple[torch.nn.Module, ...]) -> list[tuple[Any, ...]]:
@@ -205,7 +198,8 @@ def _overrides(modules: tuple[torch.nn.Module, ...]) -> list[tuple[Any, ...]]:
 
 
 _METHODS = ("state_dict", "_save_to_state_dict", "get_extra_state")
-_ASKED = attrgetter("_state_dict_hooks", "_state_dict_pre_hooks", "_non_persistent_buffers_set")
+_HOOKS = attrgetter("_state_dict_hooks", "_state_dict_pre_hooks")
+_LOOSE = attrgetter("_non_persistent_buffers_set")
 
 
 def _adapters(model: torch.nn.Module) -> dict[str, Any]:

@@ -26,11 +26,13 @@ from lastgood.state.tensors import Named, to_bytes
 from lastgood.store.memory import Arena
 from lastgood.store.together import together
 
-SMALL = 1 << 17
-"""Bytes (128 KiB) below which a tensor is copied at once: to guard it takes longer."""
+SMALL = 1 << 15
+"""Bytes (32 KiB) below which a tensor is copied at once: to guard it takes as long."""
 PIECE = 1 << 20
 """Bytes (1 MiB) that are copied in one go: a step waits for no more than that of what another thread has begun."""
 
+APART = 1 << 24
+"""Bytes (16 MiB) of weights from which on it is worth its while to start threads that note them."""
 NOTERS = 8
 """Threads that note what the tensors are; as many as there are cores, if those are fewer."""
 
@@ -48,18 +50,6 @@ class Pace:
 
 Place = tuple[int, int]
 """Address and number of bytes of a tensor that lies in the host's memory."""
-
-
-def place(tensor: torch.Tensor, small: int = SMALL) -> Place | None:
-    """None for one that has to be copied at once: small, on a device, or not the bytes that are written, in a row."""
-    count = tensor.numel() * tensor.element_size()
-    if count < small or not count:  # of thousands most are
-        return None
-    if tensor.device.type != "cpu" or tensor.layout is not torch.strided or tensor.is_inference():
-        return None
-    if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
-        return None
-    return tensor.data_ptr(), count
 
 
 @dataclass(slots=True)
@@ -134,7 +124,8 @@ class Lazy:
         # Training waits, so every core is free; the large ones first, for the last one alone keeps all waiting.
         weights = [one for one in self._guarded[before:] if one.weight]
         weights.sort(key=lambda one: -len(one.target))
-        together([one.note for one in weights], limit=min(NOTERS, os.cpu_count() or 1))
+        apart = sum(len(one.target) for one in weights) >= APART
+        together([one.note for one in weights], limit=min(NOTERS, os.cpu_count() or 1) if apart else 1)
         for one in self._guarded[before:]:
             if not one.weight:
                 one.note()

@@ -21,7 +21,7 @@ from lastgood.repo.draft import Eager, Window
 from lastgood.state.closures import Arguments, behind, waits
 from lastgood.state.device import captured
 from lastgood.state.flying import aboard
-from lastgood.state.lazy import Lazy, Pace, Place, place
+from lastgood.state.lazy import Lazy, Pace, Place
 from lastgood.state.optimizer import plain
 
 
@@ -130,8 +130,7 @@ def _places(optimizers: Iterable[torch.optim.Optimizer], small: int) -> tuple[se
 
 
 def _large(tensors: Iterable[torch.Tensor], small: int) -> set[Place]:
-    found = {place(one, small) for one in tensors if one.layout is not torch.strided or one.nbytes >= small}
-    return {one for one in found if one is not None}
+    return {(one.data_ptr(), one.nbytes) for one in tensors if one.layout is torch.strided and one.nbytes >= small}
 
 
 def _tensors(entry: object) -> Iterator[torch.Tensor]:
