@@ -36,6 +36,9 @@ STEEP = 1.2
 """An exponent above this isn't linear, whatever the noise."""
 FEW = 12
 """Tensors of a state whose size is varied."""
+WHOLE = 1024
+"""Their elements are a multiple of it, as a layer's are: a tensor that doesn't end at a multiple of 64 bytes moves the
+next one away from where torch would have put it, and a restore has to move it back."""
 SMALL = 64
 """Elements of a tensor where their number is varied."""
 
@@ -172,7 +175,7 @@ def main() -> None:
     from benchmarks import ways  # noqa: F401
 
     place = Path(tempfile.mkdtemp(dir=args.place))
-    jobs = [("bytes", size, FEW, size // (3 * 4 * FEW)) for size in sizes(args.most)]
+    jobs = [("bytes", size, FEW, size // (3 * 4 * FEW) // WHOLE * WHOLE) for size in sizes(args.most)]
     jobs += [("tensors", count, count, SMALL) for count in counts(args.tensors)]
     found: dict[str, dict[str, list[dict[str, float]]]] = {"bytes": {}, "tensors": {}}
     try:
