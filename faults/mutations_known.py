@@ -50,8 +50,8 @@ KNOWN: tuple[Mutant, ...] = (
     Mutant(
         "the configuration of an adapter is compared with itself",
         "state/known.py",
-        "copy.deepcopy(_adapters(model))",
-        "_adapters(model)",
+        "copy.deepcopy(adapters)",
+        "dict(adapters)",
         "test_known.py",
     ),
     Mutant(
@@ -122,6 +122,13 @@ KNOWN: tuple[Mutant, ...] = (
         "state/adapter.py",
         " or not all(known.owns(file.tensors) for file in tensors):",
         ":",
+        "test_known_parts.py",
+    ),
+    Mutant(
+        "the files of others are remembered with an adapter",
+        "integrations/torch/module.py",
+        "        if not others:\n",
+        "        if True:\n",
         "test_known_parts.py",
     ),
     Mutant(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,9 +16,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import test_known
+from lastgood import CheckpointManager, Keep
 from lastgood.integrations.torch.exchange import Writing
 from lastgood.integrations.torch.module import Model
 from lastgood.integrations.torch.writing import _told
+from lastgood.repo.read import records
 from lastgood.repo.staging import open_staging
 from lastgood.state import quick
 from lastgood.state.weights import Coverage, Fingerprints
@@ -247,3 +250,37 @@ def alone(part: Model, change: Callable[[Any], None]) -> None:
         for _ in range(2):
             same(part)
             step(part.module)
+
+
+class Tokenizer:
+    """Writes a file, as one does."""
+
+    def save_pretrained(self, directory: str) -> None:
+        (Path(directory) / "tokenizer.json").write_text("{}")
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("order", [("tokenizer", "model", "ema"), ("ema", "model", "tokenizer")])
+def test_files_of_several_parts_stay_apart(order: tuple[str, ...], background: bool, tmp_path: Path) -> None:
+    made = {"tokenizer": Tokenizer(), "model": MODELS["adapter"](), "ema": MODELS["adapter"]()}
+    with CheckpointManager(
+        tmp_path, **{name: made[name] for name in order}, background=background, keep=Keep(last=9), on_error="raise"
+    ) as manager:
+        manager.restore()
+        for number in range(1, 5):
+            step(made["model"])
+            manager.step(number)
+            manager.save()
+            manager.settle()
+    found = [sorted(record.manifest.files) for record in records(tmp_path) if record.manifest is not None]
+    assert len(found) == 4
+    assert found[0] == found[1] == found[2] == found[3]
+    assert {"tokenizer.json", "README.md", "ema/README.md", "adapter_config.json"} <= set(found[0])
+
+
+def test_a_configuration_that_cannot_be_copied_is_looked_at_anew() -> None:
+    part = Model("model", MODELS["adapter"]())
+    part.module.peft_config["default"].lock = threading.Lock()
+    for _ in range(3):
+        same(part)
+        step(part.module)

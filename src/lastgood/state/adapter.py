@@ -36,10 +36,11 @@ def recall(known: Known, model: torch.nn.Module) -> Files | None:
 
 
 def remember(known: Known, model: torch.nn.Module, tensors: list[TensorFile], directory: Path) -> None:
-    """What was just written to `directory`, and taken over from it."""
-    rests_on, found = _rests_on(model), written_by_libraries(directory)
+    """What was just written to `directory`, in which nothing was before, and taken over from it."""
+    rests_on = _rests_on(model)
     if rests_on is None or not all(known.owns(file.tensors) for file in tensors):
         return
+    found = written_by_libraries(directory)
     if sum(path.lstat().st_size for _, path in found) <= MOST:
         known.once(rests_on, lambda: Files(list(tensors), {name: path.read_bytes() for name, path in found}))
 

@@ -42,8 +42,12 @@ class Build:
 
     @classmethod
     def of(cls, model: torch.nn.Module, every: Members) -> Build:
-        # PEFT changes some configurations in place.
-        return cls(every, _places(every), _hooks(model, every[2]), copy.deepcopy(_adapters(model)))
+        adapters = _adapters(model)
+        try:
+            adapters = copy.deepcopy(adapters)  # PEFT changes some configurations in place
+        except Exception:  # who knows what is in it: then nothing is remembered
+            adapters = {"": object()}
+        return cls(every, _places(every), _hooks(model, every[2]), adapters)
 
     def still(self, model: torch.nn.Module, every: Members) -> bool:
         """Whether it is, as far as anything that chooses tensors by their names could notice."""

@@ -13,7 +13,7 @@ import torch
 from lastgood.errors import NotSupported, UsageError
 from lastgood.integrations.torch.exchange import Reading, Ready, Writing
 from lastgood.integrations.torch.stamp import Stamp
-from lastgood.repo.staging import Staging
+from lastgood.repo.staging import Staging, written_by_libraries
 from lastgood.state import adapter, tree, weights
 from lastgood.state.digests import identity
 from lastgood.state.fingerprint import live_tensors
@@ -150,9 +150,11 @@ class Model:
                 staging.data(name, "model", content)
             return list(known.tensors)
         place = staging.path if self.name == "model" else os.path.join(staging.path, self.name)
+        others = written_by_libraries(staging.directory)  # a tokenizer's: a save before training goes on leaves them
         with self._coverage.collecting(self.module, staging.path) as files:
             self.module.save_pretrained(place)  # type: ignore[operator]
-        adapter.remember(self._coverage.known, self.module, files, staging.directory)
+        if not others:
+            adapter.remember(self._coverage.known, self.module, files, staging.directory)
         staging.adopt("model")
         return files
 
