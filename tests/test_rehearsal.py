@@ -39,6 +39,15 @@ def adapter() -> tuple[Any, torch.optim.Optimizer]:
     return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
 
 
+def looped(manager: CheckpointManager, model: Any, optimizer: Any, steps: int) -> None:
+    """From the start, with the writer done behind each step."""
+    manager.restore()
+    for number in range(1, steps + 1):
+        trained(model, optimizer)
+        manager.step(number)
+        manager.settle()
+
+
 def left(root: Path) -> list[str]:
     return sorted(os.listdir(root / ".lastgood" / "tmp")) if (root / ".lastgood" / "tmp").exists() else []
 
@@ -60,11 +69,7 @@ def test_I9_a_rehearsed_run_is_the_same_bit_for_bit(name: str, tmp_path: Path) -
 def test_nothing_is_left_of_it(tmp_path: Path) -> None:
     model, optimizer = adapter()
     with CheckpointManager(tmp_path, model=model, optimizer=optimizer, background=True) as manager:
-        manager.restore()
-        for number in range(1, 4):
-            trained(model, optimizer)
-            manager.step(number)
-            manager.settle()
+        looped(manager, model, optimizer, 3)
         assert manager._run._warm == "rehearsed"
         assert records(tmp_path) == ()
         assert not left(tmp_path)
@@ -111,11 +116,7 @@ def test_a_save_that_comes_first_is_no_rehearsal(tmp_path: Path) -> None:
     original = model.save_pretrained
     model.save_pretrained = lambda *args, **kwargs: saved.__setitem__(0, saved[0] + 1) or original(*args, **kwargs)
     with CheckpointManager(tmp_path, model=model, optimizer=optimizer, save_steps=2, background=True) as manager:
-        manager.restore()
-        for number in range(1, 5):
-            trained(model, optimizer)
-            manager.step(number)
-            manager.settle()
+        looped(manager, model, optimizer, 4)
     assert saved == [2]
 
 
@@ -131,11 +132,7 @@ def test_what_fails_in_it_is_told_by_the_save(tmp_path: Path, caplog: pytest.Log
 
     model.save_pretrained = save_pretrained
     with CheckpointManager(tmp_path, model=model, optimizer=optimizer, background=True, on_error="raise") as manager:
-        manager.restore()
-        for number in range(1, 4):
-            trained(model, optimizer)
-            manager.step(number)
-            manager.settle()
+        looped(manager, model, optimizer, 3)
         assert not caplog.records or "not today" not in caplog.text
         assert not left(tmp_path)
         with pytest.raises(SaveFailed, match="not today"):
@@ -176,11 +173,7 @@ def dying(root: Path) -> None:
 
     model.save_pretrained = save_pretrained
     with CheckpointManager(root, model=model, optimizer=optimizer, background=True) as manager:
-        manager.restore()
-        for number in range(1, 9):
-            trained(model, optimizer)
-            manager.step(number)
-            manager.settle()
+        looped(manager, model, optimizer, 8)
     sys.exit(0)
 
 

@@ -20,6 +20,7 @@ import torch
 from lastgood.state.digests import identity
 from lastgood.state.members import Members, Walk
 from lastgood.state.replaced import replaced
+from lastgood.state.tensors import places
 
 T = TypeVar("T")
 CHOICE = ("peft.peft_model", "get_peft_model_state_dict")
@@ -47,11 +48,13 @@ class Build:
             adapters = copy.deepcopy(adapters)  # PEFT changes some configurations in place
         except Exception:  # who knows what is in it: then nothing is remembered
             adapters = {"": object()}
-        return cls(every, _places(every), _hooks(model, every[2]), adapters)
+        return cls(every, places(_tensors(every)), _hooks(model, every[2]), adapters)
 
     def still(self, model: torch.nn.Module, every: Members) -> bool:
         """Whether it is, as far as anything that chooses tensors by their names could notice."""
-        if every is not self.every or _places(every) != self.places or _hooks(model, every[2]) != self.hooks:
+        if every is not self.every or places(_tensors(every)) != self.places:
+            return False
+        if _hooks(model, every[2]) != self.hooks:
             return False
         try:
             return bool(_adapters(model) == self.adapters)
@@ -170,15 +173,6 @@ def base_names(model: Any) -> tuple[str, ...]:
 
 def _tensors(every: Members) -> Iterator[torch.Tensor]:
     return chain(every[0].values(), every[1].values())
-
-
-def _places(every: Members) -> list[Any]:
-    """Where their memory is, and how it is read: `tensor.data = other` changes that and nothing else, and so two may
-    become one."""
-    return [
-        (one.data_ptr(), one.dtype, one.shape, one.stride()) if one.layout is torch.strided else id(one)
-        for one in _tensors(every)
-    ]
 
 
 def _ordinary(kind: type[torch.nn.Module]) -> bool:

@@ -16,7 +16,8 @@ import torch
 
 from lastgood.format.tensors import Tensor, check
 from lastgood.state.proof import Bytes, raw
-from lastgood.state.tensors import CODE_OF, PLAIN, code_of
+from lastgood.state.stored import open_to
+from lastgood.state.tensors import CODE_OF, PLAIN, code_of, places
 from lastgood.store.memory import Arena
 
 _KINDS = (torch.Tensor, torch.nn.Parameter)
@@ -68,10 +69,10 @@ class Layout:
         ordered = tuple(entries[name] for name in tensors)
         check(ordered)
         loose = {
-            name: Large(weakref.ref(tensor), entries[name], raw(entries[name]), _dense(tensor))
+            name: Large(weakref.ref(tensor), entries[name], raw(entries[name]), open_to(tensor))
             for name, tensor in large.items()
         }
-        return cls(ordered, loose, list(tensors), list(small.values()), _places(tensors), blocks)
+        return cls(ordered, loose, list(tensors), list(small.values()), places(tensors.values()), blocks)
 
     def still(self, tensors: Mapping[str, torch.Tensor]) -> bool:
         """Whether these are the very same objects, and lie where they did, in the same form."""
@@ -83,7 +84,7 @@ class Layout:
             return False
         if any(one.tensor() is not tensors[name] for name, one in self.large.items()):
             return False
-        return _places(tensors) == self._places
+        return places(tensors.values()) == self._places
 
     def copy(self) -> None:
         """All small ones."""
@@ -93,7 +94,7 @@ class Layout:
 
 
 def _plain(tensor: torch.Tensor) -> bool:
-    """Whether torch.cat copies it as it is; `_dense`, without what dtypes rule out. Thousands are asked."""
+    """Whether torch.cat copies it as it is: `open_to`, without what its dtype rules out. Thousands are asked."""
     return (
         type(tensor) in _KINDS
         and tensor.dtype in PLAIN
@@ -102,20 +103,6 @@ def _plain(tensor: torch.Tensor) -> bool:
         and tensor.is_contiguous()
         and not (tensor.is_neg() or tensor.is_inference())
     )
-
-
-def _dense(tensor: torch.Tensor) -> bool:
-    """Whether its memory, in a row, is what is written."""
-    if not tensor.is_cpu or tensor.layout is not torch.strided or tensor.is_inference():
-        return False
-    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
-
-
-def _places(tensors: Mapping[str, torch.Tensor]) -> list[Any]:
-    return [
-        (one.data_ptr(), one.dtype, one.shape, one.stride()) if one.layout is torch.strided else None
-        for one in tensors.values()
-    ]
 
 
 def _gathered(tensors: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:

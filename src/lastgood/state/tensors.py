@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -111,6 +112,14 @@ def by_digest(tensors: Iterable[torch.Tensor], wanted: Iterable[str]) -> dict[st
 def signature(tensor: torch.Tensor) -> str:
     """`dtype[shape]`, the first half of a digest."""
     return digests.signature(f"{CODE_OF.get(tensor.dtype, tensor.dtype)}", tensor.shape)
+
+
+def places(tensors: Iterable[torch.Tensor]) -> list[Any]:
+    """Where the memory of each is, and how it is read: `tensor.data = other` changes that and nothing else."""
+    return [
+        (one.data_ptr(), one.dtype, one.shape, one.stride()) if one.layout is torch.strided else id(one)
+        for one in tensors
+    ]
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
