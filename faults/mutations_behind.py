@@ -46,14 +46,14 @@ BEHIND: Sequence[Mutant] = (
     ),
     Mutant(
         "weights are proven by samples alone",
-        "state/lazy.py",
+        "state/guarded.py",
         "return whole(data) if self.weight else sampled(data)",
         "return sampled(data)",
         "test_lazy_unsafe.py -k one_number",
     ),
     Mutant(
         "torch's count of changes isn't asked",
-        "state/lazy.py",
+        "state/guarded.py",
         "self.changed = self.changed or self.tensor._version != self.version",
         "pass",
         "test_lazy_unsafe.py -k one_moment",

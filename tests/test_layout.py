@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -14,9 +15,9 @@ from hypothesis import strategies as st
 
 from lastgood.errors import NotSupported, UsageError
 from lastgood.format.tensors import Tensor
-from lastgood.state.layout import BLOCK, Layout
+from lastgood.state.layout import Layout
 from lastgood.state.lazy import SMALL, Lazy, Pace
-from lastgood.state.tensors import named, to_bytes
+from lastgood.state.tensors import ROW, named, to_bytes
 from lastgood.store.memory import Arena
 
 Tensors = dict[str, torch.Tensor]
@@ -172,12 +173,14 @@ def test_the_same_tensors_are_copied_to_where_they_were() -> None:
     assert saved([tensors], arena, Pace(), set())[0] is not copies[0]
 
 
-def test_blocks_end_in_time() -> None:
-    """A copy of many small ones is made by calls that another thread needn't wait for too long."""
-    tensors = {f"{n}": torch.full((SMALL // 8,), float(n)) for n in range(BLOCK // SMALL * 5)}
+def test_rows_are_no_longer_than_one_call_copies_fast() -> None:
+    """And so another thread needn't wait for one for long."""
+    tensors = {f"{n}": torch.full((SMALL // 8 - n % 3,), float(n)) for n in range(50)}
     arena = Arena(budget=1 << 28)
     layout = Layout.of(tensors, arena, SMALL)
-    assert [block.target.nbytes for block in layout._blocks][:2] == [BLOCK, BLOCK]
+    counts = [len(row.target) for row in layout._rows]
+    assert max(counts) <= ROW and sum(counts) == sum(map(len, tensors.values()))
+    assert all(now + after > ROW - SMALL // 8 for now, after in pairwise(counts))
     layout.copy()
     assert held(layout.entries) == expected(tensors)
 
@@ -255,7 +258,7 @@ def test_a_block_that_is_given_back_is_no_other_one() -> None:
     arena.reset()
     assert arena.recall() is old
     arena.take(30 << 20)  # the first block goes: there is no room for both
-    gone = weakref.ref(old._blocks[0].target)
+    gone = weakref.ref(old._rows[0].target)
     del old
     gc.collect()
     assert gone() is None

@@ -163,6 +163,10 @@ class Behind(Holding):
             if record is not None:
                 act(record)
 
+        self.later(job)
+
+    def later(self, job: Callable[[], object]) -> None:
+        """Do it behind what is under way, or now if nothing can be."""
         if not self._then(job):
             job()
 

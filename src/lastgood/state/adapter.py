@@ -7,6 +7,7 @@ adapter.
 from __future__ import annotations
 
 from collections.abc import Hashable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +43,8 @@ def remember(known: Known, model: torch.nn.Module, tensors: list[TensorFile], di
         return
     found = written_by_libraries(directory)
     if sum(path.lstat().st_size for _, path in found) <= MOST:
-        known.once(rests_on, lambda: Files(list(tensors), {name: path.read_bytes() for name, path in found}))
+        lasting = [replace(file, since=known.build) for file in tensors]
+        known.once(rests_on, lambda: Files(lasting, {name: path.read_bytes() for name, path in found}))
 
 
 def _rests_on(model: Any) -> Hashable | None:

@@ -6,7 +6,7 @@ To name each tensor of thousands of parameters, and to say in JSON where it is, 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from operator import is_
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lastgood.state.optimizer import capture, encoded_groups, parameter_names, plain
+from lastgood.state.spots import KEPT
 
 FIXED = frozenset({torch.Tensor, torch.nn.Parameter, int, float, bool, str, type(None)})
 """Kinds of values that are another object when they are another value; of a tensor only its name is remembered."""
@@ -23,7 +24,7 @@ FIXED = frozenset({torch.Tensor, torch.nn.Parameter, int, float, bool, str, type
 @dataclass(frozen=True, slots=True)
 class Shape:
     """What a capture rests on, by the very objects. Parameters are kept, so that no other one gets their number; of the
-    state's tensors only weak references, or an optimizer that makes new ones would need room for the old ones as well.
+    state's tensors only weak references where they are many bytes.
     """
 
     live: list[str]
@@ -33,27 +34,32 @@ class Shape:
     keys: list[Any]
     sizes: list[int]
     values: list[Any]
+    weak: bool
 
     @classmethod
-    def of(cls, optimizer: torch.optim.Optimizer, live: Mapping[str, torch.Tensor], values: list[Any]) -> Shape:
+    def of(
+        cls, optimizer: torch.optim.Optimizer, live: Mapping[str, torch.Tensor], values: list[Any], *, weak: bool
+    ) -> Shape:
         entries = list(optimizer.state.values())
+        held = [weakref.ref(one) if isinstance(one, torch.Tensor) else one for one in values] if weak else values
         return cls(
             list(live), list(live.values()), [list(group["params"]) for group in optimizer.param_groups],
-            list(optimizer.state), list(chain.from_iterable(entries)), list(map(len, entries)),
-            [weakref.ref(value) if isinstance(value, torch.Tensor) else value for value in values],
+            list(optimizer.state), list(chain.from_iterable(entries)), list(map(len, entries)), held, weak,
         )  # fmt: skip
 
     def still(self, optimizer: torch.optim.Optimizer, live: Mapping[str, torch.Tensor], values: list[Any]) -> bool:
         """Whether all of it is the same object, or the same text."""
-        entries, groups = optimizer.state.values(), optimizer.param_groups
+        entries, groups = optimizer.state.values(), [group["params"] for group in optimizer.param_groups]
+        held = [one() if type(one) is weakref.ref else one for one in self.values] if self.weak else self.values
         return (
             list(map(len, entries)) == self.sizes
-            and all(map(is_, values, [one() if type(one) is weakref.ref else one for one in self.values]))
-            and list(map(id, chain.from_iterable(entries))) == list(map(id, self.keys))
-            and list(map(id, optimizer.state)) == list(map(id, self.parameters))
-            and [list(map(id, group["params"])) for group in groups] == [list(map(id, one)) for one in self.groups]
-            and list(map(id, live.values())) == list(map(id, self.tensors))
+            and all(map(is_, values, held))
+            and all(map(is_, chain.from_iterable(entries), self.keys))
+            and all(map(is_, optimizer.state, self.parameters))
+            and list(map(len, groups)) == list(map(len, self.groups))
+            and all(map(is_, chain.from_iterable(groups), chain.from_iterable(self.groups)))
             and list(live) == self.live
+            and all(map(is_, live.values(), self.tensors))
         )
 
 
@@ -72,18 +78,20 @@ def _values(optimizer: torch.optim.Optimizer) -> list[Any] | None:
 
 
 class Taken(NamedTuple):
-    """What a capture found. names: of the parameters, by group; values: JSON; tensors: names of those of the state."""
+    """What a capture found. names: of the parameters, by group; values: JSON; tensors: those of the state, by name, or
+    their names alone where they are many bytes."""
 
     shape: Shape
     names: list[list[str]]
     values: dict[str, Any]
-    tensors: list[str]
+    tensors: dict[str, torch.Tensor] | list[str]
 
 
 @dataclass(slots=True)
 class Capturing:
-    """Of one optimizer."""
+    """Of one optimizer. kept: bytes up to which the tensors of its state are kept."""
 
+    kept: int = KEPT
     _last: Taken | None = None
     _bytes: tuple[int, int] = (-1, 0)  # parameters with a state, and its bytes
 
@@ -102,13 +110,25 @@ class Capturing:
         inner, last = plain(optimizer), self._last
         held = _values(inner)
         if last is not None and held is not None and last.shape.still(inner, live, held):
-            state = (value for value in held if isinstance(value, torch.Tensor))
-            tensors = dict(zip(last.tensors, state, strict=True))
+            tensors = dict(last.tensors if isinstance(last.tensors, dict) else _named(last.tensors, held))
             groups = encoded_groups(inner.param_groups, last.names, tensors, prefix)
             return {**last.values, "groups": groups}, tensors
         self._last = None
         values, tensors = capture(optimizer, live, prefix)
         if held is not None and FIXED.issuperset(map(type, held)):
-            names = [name for name in tensors if name.startswith(f"{prefix}state.")]
-            self._last = Taken(Shape.of(inner, live, held), parameter_names(inner, live), dict(values), names)
+            self._last = self._taken(inner, live, held, values, [n for n in tensors if n.startswith(f"{prefix}state.")])
         return values, tensors
+
+    def _taken(
+        self, inner: torch.optim.Optimizer, live: Mapping[str, torch.Tensor], held: list[Any], values: dict[str, Any],
+        names: list[str],
+    ) -> Taken:  # fmt: skip
+        weak = sum(tensor.nbytes for _, tensor in _named(names, held)) > self.kept
+        shape = Shape.of(inner, live, held, weak=weak)
+        tensors = names if weak else dict(_named(names, held))
+        return Taken(shape, parameter_names(inner, live), dict(values), tensors)
+
+
+def _named(names: list[str], held: list[Any]) -> Iterable[tuple[str, torch.Tensor]]:
+    """The tensors among all that a state holds."""
+    return zip(names, (value for value in held if isinstance(value, torch.Tensor)), strict=True)

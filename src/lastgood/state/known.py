@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
-from operator import attrgetter
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ import torch
 from lastgood.state.digests import identity
 from lastgood.state.members import Members, Walk
 from lastgood.state.replaced import replaced
-from lastgood.state.tensors import places
+from lastgood.state.spots import Spots
 
 T = TypeVar("T")
 CHOICE = ("peft.peft_model", "get_peft_model_state_dict")
@@ -37,7 +37,7 @@ class Build:
     """
 
     every: Members
-    places: list[Any]
+    spots: Spots
     hooks: list[Any]
     adapters: dict[str, Any]
 
@@ -48,11 +48,11 @@ class Build:
             adapters = copy.deepcopy(adapters)  # PEFT changes some configurations in place
         except Exception:  # who knows what is in it: then nothing is remembered
             adapters = {"": object()}
-        return cls(every, places(_tensors(every)), _hooks(model, every[2]), adapters)
+        return cls(every, Spots.of(_tensors(every)), _hooks(model, every[2]), adapters)
 
     def still(self, model: torch.nn.Module, every: Members) -> bool:
         """Whether it is, as far as anything that chooses tensors by their names could notice."""
-        if every is not self.every or places(_tensors(every)) != self.places:
+        if every is not self.every or not self.spots.still():
             return False
         if _hooks(model, every[2]) != self.hooks:
             return False
@@ -81,6 +81,11 @@ class Known:
             self._build, self._own = Build.of(model, every), frozenset(map(id, _tensors(every)))
             self._found.clear()
             self._last.clear()
+
+    @property
+    def build(self) -> object:
+        """The same object as long as the model is built the same."""
+        return self._build
 
     def once(self, what: Hashable, find: Callable[[], T]) -> T:
         """What `find` returns, asked the first time only. what: names it, and all that it rests on but the build."""
@@ -181,23 +186,27 @@ def _ordinary(kind: type[torch.nn.Module]) -> bool:
 
 def _hooks(model: torch.nn.Module, modules: tuple[torch.nn.Module, ...]) -> list[Any]:
     """What has a say in a state dict beside the tensors: torch numbers hooks, and no number comes twice."""
-    hooks = list(chain.from_iterable(filter(None, chain.from_iterable(map(_HOOKS, modules)))))
-    loose = [(number, *sorted(names)) for number, names in enumerate(map(_LOOSE, modules)) if names]
-    return [model.__dict__.get("save_pretrained"), loose, _overrides(modules), hooks]
+    own = list(map(vars, modules))
+    try:
+        hooks = list(chain.from_iterable(filter(None, chain.from_iterable(map(_HOOKS, own)))))
+        loose = [(number, *sorted(names)) for number, names in enumerate(map(_LOOSE, own)) if names]
+    except KeyError:  # kept elsewhere: unlike any, so that nothing is remembered
+        return [object()] * 4
+    return [vars(model).get("save_pretrained"), loose, _overrides(own), hooks]
 
 
-def _overrides(modules: tuple[torch.nn.Module, ...]) -> list[tuple[Any, ...]]:
+def _overrides(own: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
     """Methods that a module has for itself alone."""
     return [
-        (number, *map(own.get, _METHODS))
-        for number, own in enumerate(map(vars, modules))
-        if "state_dict" in own or "_save_to_state_dict" in own or "get_extra_state" in own  # a loop would take longer
+        (number, *map(one.get, _METHODS))
+        for number, one in enumerate(own)
+        if "state_dict" in one or "_save_to_state_dict" in one or "get_extra_state" in one  # a loop would take longer
     ]
 
 
 _METHODS = ("state_dict", "_save_to_state_dict", "get_extra_state")
-_HOOKS = attrgetter("_state_dict_hooks", "_state_dict_pre_hooks")
-_LOOSE = attrgetter("_non_persistent_buffers_set")
+_HOOKS = itemgetter("_state_dict_hooks", "_state_dict_pre_hooks")
+_LOOSE = itemgetter("_non_persistent_buffers_set")
 
 
 def _adapters(model: torch.nn.Module) -> dict[str, Any]:

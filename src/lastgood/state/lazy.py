@@ -12,16 +12,16 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 
 import torch
 
 from lastgood.format.tensors import Tensor
 from lastgood.repo.draft import Changed, Copied, Eager, Source
+from lastgood.state.guarded import Guarded
 from lastgood.state.layout import Large, Layout
 from lastgood.state.match import some
-from lastgood.state.proof import Bytes, sampled, whole
 from lastgood.state.tensors import Named, to_bytes
 from lastgood.store.memory import Arena
 from lastgood.store.together import together
@@ -52,58 +52,17 @@ Place = tuple[int, int]
 """Address and number of bytes of a tensor that lies in the host's memory."""
 
 
-@dataclass(slots=True)
-class Guarded:
-    """One tensor that is copied later. tensor: another name of it, which keeps its memory.
-
-    version: of torch's count of changes, where it says something (see `Lazy.stage`).
-    """
-
-    name: str
-    tensor: torch.Tensor | None
-    source: Bytes | None
-    target: Bytes
-    address: int
-    weight: bool
-    version: int | None
-    noted: bytes | None = None
-    changed: bool = False
-
-    def note(self) -> None:
-        """What it is now, for the proof."""
-        assert self.source is not None, "before it is copied"
-        self.noted = self._look(self.source)
-
-    def copy(self, begin: int, end: int) -> None:
-        """Some of its bytes. The interpreter is free meanwhile."""
-        if self.tensor is None or self.source is None or self.tensor.data_ptr() != self.address:
-            self.changed = True  # its memory was given away, to be shared with other processes: don't read there
-        else:
-            self.target[begin:end] = self.source[begin:end]
-
-    def close(self) -> None:
-        """It may change from now on."""
-        if self.tensor is not None and self.version is not None:
-            self.changed = self.changed or self.tensor._version != self.version
-        self.tensor = self.source = None  # a model that has got other tensors doesn't keep its old ones
-
-    def proven(self) -> bool:
-        """Whether the copy is what the tensor was when it was staged."""
-        return not self.changed and self.noted == self._look(self.target)
-
-    def _look(self, data: Bytes) -> bytes:
-        return whole(data) if self.weight else sampled(data)
-
-
 @dataclass(slots=True, eq=False)
 class Lazy:
     """The window of one save, see `lastgood.repo.draft.Window`.
 
-    weights, state: where the tensors lie that only an optimizer changes: what it trains, and what it keeps of it.
+    weights, state: where the tensors lie that only an optimizer changes: what it trains, and what it keeps of it. own:
+    those tensors by `id`; None if nothing of the last save is to be guarded again.
     """
 
     weights: Container[Place]
     state: Container[Place]
+    own: Container[int] | None = field(default=None, kw_only=True)
     pace: Pace = field(default_factory=Pace)
     waited: float = 0.0
     _guarded: list[Guarded] = field(default_factory=list)
@@ -117,45 +76,50 @@ class Lazy:
         """Those that are in `weights` or `state` later, all others now. Raises Short, NotSupported, UsageError."""
         if not isinstance(tensors, Named):
             return Eager().stage(tensors, arena)
-        layout, before = self._laid_out(tensors.tensors, arena), len(self._guarded)
+        layout, before = self._laid_out(tensors, arena), len(self._guarded)
         layout.copy()
         for name, large in layout.large.items():
-            self._take(tensors.tensors[name], large)
+            self._take(tensors.tensors[name], large, layout.keeps)
         # Training waits, so every core is free; the large ones first, for the last one alone keeps all waiting.
         weights = [one for one in self._guarded[before:] if one.weight]
-        weights.sort(key=lambda one: -len(one.target))
-        apart = sum(len(one.target) for one in weights) >= APART
-        together([one.note for one in weights], limit=min(NOTERS, os.cpu_count() or 1) if apart else 1)
+        if sum(len(one.target) for one in weights) >= APART:
+            weights.sort(key=lambda one: -len(one.target))
+            together([one.note for one in weights], limit=min(NOTERS, os.cpu_count() or 1))
         for one in self._guarded[before:]:
-            if not one.weight:
+            if one.noted is None:
                 one.note()
         return Copied(layout.entries)
 
-    def _laid_out(self, tensors: Mapping[str, torch.Tensor], arena: Arena) -> Layout:
+    def _laid_out(self, named: Named, arena: Arena) -> Layout:
         """As at the last save, if these are the same tensors."""
         begin, used, layout = arena.spot, arena.used, arena.recall()
-        if isinstance(layout, Layout) and layout.still(tensors):
+        if isinstance(layout, Layout) and layout.still(named):
             arena.again()
         else:
-            layout = Layout.of(tensors, arena, self.pace.small - 1)
+            layout = Layout.of(named.tensors, arena, self.pace.small - 1)
             arena.remember(layout, begin, used)
         return layout
 
-    def _take(self, tensor: torch.Tensor, large: Large) -> None:
+    def _take(self, tensor: torch.Tensor, large: Large, stays: bool) -> None:
         """Note what it is and copy it later, or copy it now."""
+        guard = large.guard
+        if guard is not None and self._still_own(guard, tensor) and guard.again(tensor):
+            self._guarded.append(guard)
+            return
+        large.guard = None
         where = (tensor.data_ptr(), len(large.target)) if large.plain and len(large.target) >= self.pace.small else None
         weight = where in self.weights
         if where is None or not (weight or where in self.state):
             large.entry.data[:] = to_bytes(large.entry.name, tensor).data
             return
-        # A weight is proven by all of its bytes, so what torch counted doesn't matter. The state of an optimizer is
-        # two thirds of a checkpoint, and nobody but the optimizer writes to it behind torch's back.
-        alias = tensor.detach()
-        one = Guarded(
-            name=large.entry.name, tensor=alias, source=alias.reshape(-1).view(torch.uint8).numpy(),
-            target=large.target, address=where[0], weight=weight, version=None if weight else alias._version,
-        )  # fmt: skip
-        self._guarded.append(one)
+        guard = Guarded.of(large.entry.name, tensor, large.target, weight=weight, stays=stays)
+        self._guarded.append(guard)
+        if stays:
+            large.guard = guard
+
+    def _still_own(self, guard: Guarded, tensor: torch.Tensor) -> bool:
+        """Of a weight nobody needs to ask, for all of it is proven, and it may be another name of what is trained."""
+        return self.own is not None and (guard.weight or id(tensor) in self.own)
 
     def begin(self) -> None:
         for one in self._guarded:

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
-from operator import attrgetter
+from operator import is_, itemgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ Members = tuple[dict[str, Tensor], dict[str, Tensor], tuple[nn.Module, ...]]
 """Parameters and buffers, by name, and the modules."""
 
 _ROOT = ("named_modules", "named_parameters", "named_buffers", "_named_members")
-_HELD = attrgetter("_parameters", "_buffers", "_modules")
+_HELD = itemgetter("_parameters", "_buffers", "_modules")
 _PLAIN = frozenset({dict, OrderedDict})
 
 
@@ -99,26 +99,32 @@ class Walk:
 
     def _remembered(self, found: Members) -> bool:
         """False where a table may have its own idea of what it holds, as those of TorchScript have."""
-        self._kinds, self._tables = list(map(type, found[2])), _tables(found[2])
+        try:
+            self._tables = list(_tables(list(map(vars, found[2]))))
+        except KeyError:
+            return False
+        if not _PLAIN.issuperset(map(type, self._tables)):
+            return False
+        self._kinds = list(map(type, found[2]))
         self._sizes, self._filled = list(map(len, self._tables)), [table for table in self._tables if table]
         self._names, self._values = list(chain.from_iterable(self._filled)), list(_values(self._filled))
-        return _PLAIN.issuperset(map(type, self._tables))
+        return True
 
     def _still(self, model: nn.Module, modules: tuple[nn.Module, ...]) -> bool:
+        """What is compared is the objects, not what they say of each other: two tensors of one element that are equal
+        are two tensors all the same."""
         if modules[0] is not model or not _ours(model) or list(map(type, modules)) != self._kinds:
             return False
-        # By their numbers: two tensors of one element that are equal are two tensors all the same.
-        if list(map(id, _tables(modules))) != list(map(id, self._tables)):
+        own = list(map(vars, modules))
+        if not all(map(is_, _tables(own), self._tables)) or any("named_modules" in one for one in own):
             return False
         if list(map(len, self._tables)) != self._sizes or list(chain.from_iterable(self._filled)) != self._names:
             return False
-        if any("named_modules" in module.__dict__ for module in modules):
-            return False
-        return list(map(id, _values(self._filled))) == list(map(id, self._values))
+        return all(map(is_, _values(self._filled), self._values))
 
 
-def _tables(modules: tuple[nn.Module, ...]) -> list[dict[str, Any]]:
-    return list(chain.from_iterable(map(_HELD, modules)))
+def _tables(own: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    return chain.from_iterable(map(_HELD, own))
 
 
 def _values(tables: list[dict[str, Any]]) -> Iterator[Any]:

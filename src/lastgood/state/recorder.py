@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -18,6 +18,14 @@ from lastgood.talk import warn
 
 AT_LATEST = 100
 """Steps after which the values are asked for, where the Trainer itself logs and saves less often."""
+
+
+class Behind(Protocol):
+    """Does things behind the save that is under way, or at once: see `lastgood.behind.Behind`."""
+
+    def later(self, job: Callable[[], object]) -> None: ...
+
+    def then(self, step: int, act: Callable[[Record], None]) -> None: ...
 
 
 @dataclass(slots=True)
@@ -36,6 +44,7 @@ class Recorder:
     _last: int = 0  # step that was recorded last
     _loss: torch.Tensor | None = None  # of the step under way, so far
     _waiting: list[tuple[int, Any, Any, float | None, str, bool]] = field(default_factory=list)
+    _asked: list[Entry] = field(default_factory=list)  # whose values are known, and not written down yet
 
     @property
     def heard(self) -> bool:
@@ -70,42 +79,68 @@ class Recorder:
         rate = float(lr) if isinstance(lr, (int, float)) else None
         self._waiting.append((step, self._loss, grad_norm, rate, self.batches.take(batches), skipped))
         self._last, self._loss = step, None
-        if len(self._waiting) >= AT_LATEST:
+        if len(self._waiting) + len(self._asked) >= AT_LATEST:
             self.flush()
 
     def flush(self) -> None:
         """Write what is waiting, and tell whoever listens."""
+        self.ask()
+        self._write(self._taken())
+
+    def ask(self) -> None:
+        """Ask for the values of what is waiting, and tell whoever listens; `saved` or `flush` write them down."""
         waiting, self._waiting = self._waiting, []
         if not waiting or self._root is None or not self.heard:
             return
         try:
             losses = numbers([entry[1] for entry in waiting])
             norms = numbers([entry[2] for entry in waiting])
-            entries = [
-                Entry(step, self._life, loss, norm, batch, lr, skipped)
-                for (step, _, _, lr, batch, skipped), loss, norm in zip(waiting, losses, norms, strict=True)
-            ]
-            if self.hear is not None:
-                self.hear([Sample(entry.step, entry.loss, entry.grad_norm, entry.skipped) for entry in entries])
-            if self.on:
-                trail.append(self._root, entries)
-        except (OSError, RuntimeError) as error:  # RuntimeError: the device has failed, which is told by others
+        except RuntimeError as error:  # the device has failed, which is told by others
             self._lost(error)
+            return
+        entries = [
+            Entry(step, self._life, loss, norm, batch, lr, skipped)
+            for (step, _, _, lr, batch, skipped), loss, norm in zip(waiting, losses, norms, strict=True)
+        ]
+        if self.hear is not None:
+            self.hear([Sample(entry.step, entry.loss, entry.grad_norm, entry.skipped) for entry in entries])
+        self._asked += entries
 
-    def saved(self, step: int, id: str, then: Callable[[int, Callable[[Record], None]], None] | None = None) -> None:
-        """A checkpoint was committed, or is on its way: then `then` does it, behind that."""
-        self.flush()
+    def saved(self, step: int, id: str, behind: Behind | None = None) -> None:
+        """A checkpoint was committed, or is on its way `behind` training: then what is to be written comes behind it.
+
+        So do the steps that are waiting: a save doesn't wait for a file of notes.
+        """
+        self.ask()
+        entries = self._taken()
         if not self.on or self._root is None:
             return
         root, life = self._root, self._life
 
-        def note(_: object) -> None:
+        def note(_: object = None) -> None:
             try:
                 trail.saved(root, life, step, id)
             except OSError as error:
                 self._lost(error)
 
-        note(None) if then is None else then(step, note)
+        if behind is None:
+            self._write(entries)
+            note()
+        else:
+            behind.later(lambda: self._write(entries))  # whatever becomes of the checkpoint
+            behind.then(step, note)
+
+    def _taken(self) -> list[Entry]:
+        entries, self._asked = self._asked, []
+        return entries
+
+    def _write(self, entries: Sequence[Entry]) -> None:
+        if not entries or not self.on or self._root is None:
+            return
+        try:
+            trail.append(self._root, entries)
+        except OSError as error:
+            self._lost(error)
 
     def _lost(self, error: Exception) -> None:
         if not self.warned:

@@ -7,10 +7,11 @@ that it reaches. With a closure, a step of torch's own changes nothing before th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -87,21 +88,21 @@ class Steps:
         safe = bool(found) and all(id(optimizer) in self._seen and not _swaps(optimizer) for optimizer in found)
         self._seen.clear()
         places = cache(partial(_places, found, self.pace.small))  # of many small ones nobody asks
-        window: Window = Lazy(Places(places, 0), Places(places, 1), self.pace) if safe else Lazy((), (), self.pace)
+        weights, state, own = Asked(lambda: places()[0]), Asked(lambda: places()[1]), Asked(cache(partial(_own, found)))
+        window: Window = Lazy(weights, state, self.pace, own=own) if safe else Lazy((), (), self.pace)
         known = [optimizer for optimizer in found if safe and id(optimizer) not in self._graphs]
         self._window = window if self.run.pin is None else aboard(window, known)
         return self._window
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
-    """Places that are looked for when the first one is asked about. found: sets of them; which: one of those."""
+class Asked(Container[Any]):
+    """A set that is made when the first one is asked about."""
 
-    found: Callable[[], Sequence[Container[Place]]]
-    which: int
+    found: Callable[[], Container[Any]]
 
-    def __contains__(self, place: object) -> bool:
-        return place in self.found()[self.which]
+    def __contains__(self, one: object) -> bool:
+        return one in self.found()
 
 
 def _swaps(optimizer: torch.optim.Optimizer) -> bool:
@@ -112,30 +113,37 @@ def _swaps(optimizer: torch.optim.Optimizer) -> bool:
 
 def _places(optimizers: Iterable[torch.optim.Optimizer], small: int) -> tuple[set[Place], set[Place]]:
     """(of the weights that they train, of their state). What both claim counts as a weight."""
-    weights: list[torch.Tensor] = []
-    state: list[torch.Tensor] = []
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            weights += group["params"]
-        for entry in optimizer.state.values():
-            if isinstance(entry, torch.Tensor):
-                state.append(entry)
-            elif isinstance(entry, (Mapping, list, tuple)):
-                for value in entry.values() if isinstance(entry, Mapping) else entry:
-                    if isinstance(value, torch.Tensor):  # a generator for each takes longer than the rest
-                        state.append(value)
-                    elif isinstance(value, (Mapping, list, tuple)):
-                        state += _tensors(value)
-    return _large(weights, small), _large(state, small)
+    weights, state = zip(*map(_tensors, optimizers), strict=True)
+    return _large(chain.from_iterable(weights), small), _large(chain.from_iterable(state), small)
+
+
+def _own(optimizers: Iterable[torch.optim.Optimizer]) -> set[int]:
+    """By `id`."""
+    return set(map(id, chain.from_iterable(chain.from_iterable(map(_tensors, optimizers)))))
 
 
 def _large(tensors: Iterable[torch.Tensor], small: int) -> set[Place]:
     return {(one.data_ptr(), one.nbytes) for one in tensors if one.layout is torch.strided and one.nbytes >= small}
 
 
-def _tensors(entry: object) -> Iterator[torch.Tensor]:
+def _tensors(optimizer: torch.optim.Optimizer) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """(what it trains, what it keeps of that)."""
+    state: list[torch.Tensor] = []
+    for entry in optimizer.state.values():
+        if isinstance(entry, torch.Tensor):
+            state.append(entry)
+        elif isinstance(entry, (Mapping, list, tuple)):
+            for value in entry.values() if isinstance(entry, Mapping) else entry:
+                if isinstance(value, torch.Tensor):  # a generator for each takes longer than the rest
+                    state.append(value)
+                elif isinstance(value, (Mapping, list, tuple)):
+                    state += _inside(value)
+    return list(chain.from_iterable(group["params"] for group in optimizer.param_groups)), state
+
+
+def _inside(entry: object) -> Iterator[torch.Tensor]:
     if isinstance(entry, torch.Tensor):
         yield entry
     elif isinstance(entry, (Mapping, list, tuple)):
         for value in entry.values() if isinstance(entry, Mapping) else entry:
-            yield from _tensors(value)
+            yield from _inside(value)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -20,6 +19,9 @@ SMALL = 1 << 14
 """Bytes (16 KiB) up to which a tensor is copied faster than it is asked for its memory."""
 PLAIN = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32})
 """Dtypes of which many small tensors are copied by one call."""
+ROW = (1 << 15) - 1
+"""Numbers that `torch.cat` copies one behind the other; of more it makes an iterator for each tensor, which takes five
+times as long for small ones of different sizes (GRAIN_SIZE in ATen/Parallel.h, cat_out_cpu in TensorShape.cpp)."""
 
 
 def to_bytes(name: str, tensor: torch.Tensor) -> Tensor:
@@ -114,14 +116,6 @@ def signature(tensor: torch.Tensor) -> str:
     return digests.signature(f"{CODE_OF.get(tensor.dtype, tensor.dtype)}", tensor.shape)
 
 
-def places(tensors: Iterable[torch.Tensor]) -> list[Any]:
-    """Where the memory of each is, and how it is read: `tensor.data = other` changes that and nothing else."""
-    return [
-        (one.data_ptr(), one.dtype, one.shape, one.stride()) if one.layout is torch.strided else id(one)
-        for one in tensors
-    ]
-
-
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     """Equality of dtype, shape and every bit (NaN equals NaN, 0.0 differs from -0.0)."""
     if left.dtype != right.dtype or left.shape != right.shape:
@@ -134,10 +128,12 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
 class Named:
     """Entries in the order given, one at a time: what has to be brought from a device isn't all there at once.
 
-    Whoever copies them later asks for the tensors themselves.
+    Whoever copies them later asks for the tensors themselves. since: the same object as long as this very mapping has
+    the same tensors at the same places, where somebody knows that.
     """
 
     tensors: Mapping[str, torch.Tensor]
+    since: object = None
 
     def __iter__(self) -> Iterator[Tensor]:
         small = self.small()
@@ -149,19 +145,32 @@ class Named:
         To ask torch for the memory of each takes longer than that, and a count of steps, or a bias, of thousands of
         parameters would be most of the time of a save.
         """
-        found: dict[torch.dtype, dict[str, torch.Tensor]] = {}
+        found: dict[str, torch.Tensor] = {}
         for name, tensor in self.tensors.items():
             # Nothing that isn't plain: torch.cat must not have to convert anything.
             plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.dtype in PLAIN and tensor.is_cpu
             if plain and tensor.layout is torch.strided and tensor.nbytes <= limit:
-                found.setdefault(tensor.dtype, {})[name] = tensor
-        return {name: entry for some in found.values() for name, entry in _in_a_block(some)}
+                found[name] = tensor
+        return {name: entry for some in in_rows(found) for name, entry in _in_a_row(some)}
 
 
 named = Named
 
 
-def _in_a_block(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, Tensor]]:
+def in_rows(tensors: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """As many of one dtype as one call copies fast; each comes once."""
+    waiting: dict[torch.dtype, tuple[dict[str, torch.Tensor], list[int]]] = {}
+    for name, tensor in tensors.items():
+        some, room = waiting.setdefault(tensor.dtype, ({}, [ROW]))
+        if some and tensor.numel() > room[0]:
+            yield some
+            some, room = waiting[tensor.dtype] = {}, [ROW]
+        some[name] = tensor
+        room[0] -= tensor.numel()
+    yield from (some for some, _ in waiting.values())
+
+
+def _in_a_row(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Of one dtype."""
     with torch.no_grad():
         block = torch.cat([tensor if tensor.dim() == 1 else tensor.reshape(-1) for tensor in tensors.values()])

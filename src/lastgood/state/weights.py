@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,11 +48,15 @@ UNWANTED = frozenset({"training_args.bin"})
 
 @dataclass(frozen=True, slots=True)
 class TensorFile:
-    """One safetensors file as a library wanted it: path relative to the checkpoint, tensors by saved name."""
+    """One safetensors file as a library wanted it: path relative to the checkpoint, tensors by saved name.
+
+    since: of one that is remembered, the `build` of the model's `Known` that it holds for.
+    """
 
     name: str
     tensors: dict[str, torch.Tensor]
     metadata: dict[str, str] | None
+    since: object = None
 
 
 @contextmanager
@@ -127,9 +131,14 @@ class Coverage:
         with taken_over(directory) as files, self.known.reused(model):
             yield files
 
-    def collected(self, collect: Callable[[], T]) -> T:
+    def collected(self, collect: Callable[[], tuple[TensorFile, T]]) -> tuple[TensorFile, T]:
         """What `collect` makes of the model's state dict, or made of it before."""
-        return self.known.once("state dict", collect) if self.known.ordinary() else collect()
+
+        def lasting() -> tuple[TensorFile, T]:
+            file, about = collect()
+            return replace(file, since=self.known.build), about
+
+        return self.known.once("state dict", lasting) if self.known.ordinary() else collect()
 
     def aliases(self, model: torch.nn.Module, files: Sequence[TensorFile]) -> dict[str, str]:
         """See `aliases`."""
@@ -178,10 +187,14 @@ class Coverage:
 
     def _split(self, live: Mapping[str, torch.Tensor], files: Sequence[TensorFile]) -> Split:
         find = partial(Split.of, live, files, self.prints)
-        if not all(self.known.owns(file.tensors) for file in files):  # copies: they aren't kept in memory for this
+        contents: list[Any]
+        if all(file.since is self.known.build for file in files):
+            contents = [(file.name, id(file.tensors)) for file in files]
+        elif all(self.known.owns(file.tensors) for file in files):
+            contents = [(file.name, list(file.tensors), list(map(id, file.tensors.values()))) for file in files]
+        else:  # copies: they aren't kept in memory for this
             return find()
         frozen = [tensor.requires_grad for tensor in live.values()]
-        contents = [(file.name, list(file.tensors), list(map(id, file.tensors.values()))) for file in files]
         return self.known.unless("split", (frozen, contents), find)
 
     def _known(self, split: Split, live: Mapping[str, torch.Tensor]) -> dict[str, str]:

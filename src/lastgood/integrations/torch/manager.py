@@ -337,7 +337,7 @@ class CheckpointManager:
         costs = {item.name: str(cost) for item in self._loaders() if (cost := item.cost()).batches}
         if costs:  # known beforehand: reading a stream again may take longer than the training since the last save
             told["to_resume"] = costs
-        self._recorder.flush()
+        self._recorder.ask()
         self._guard.judge(self._run)
         record = self._run.save(
             boundary.step,
@@ -352,7 +352,7 @@ class CheckpointManager:
         # A save on the way out takes as long as one takes, not as long as training notices.
         self._occasions.saved(boundary.step, max(time.monotonic() - started, self._run.took), self.epoch)
         if record is not None:
-            self._recorder.saved(boundary.step, record.id, self._run.then)
+            self._recorder.saved(boundary.step, record.id, self._run)
             self._metrics.saved(boundary.step)
             self._run.retain()
             self._occasions.spent(time.monotonic() - started, busy=self._run.busy)

@@ -49,7 +49,8 @@ class Model:
     _coverage: Coverage = field(init=False)
     _tracked: tuple[torch.Tensor, ...] = ()
     _sized: tuple[tuple[torch.Tensor, ...], int] = ((), 0)  # those whose bytes were summed up, and the sum
-    _every: Members = field(default_factory=lambda: ({}, {}, ()))  # as `live` found them last
+    _every: Members = field(default_factory=lambda: ({}, {}, ()))  # as it was looked at last
+    _live: dict[str, torch.Tensor] = field(default_factory=dict)  # of those
 
     def __post_init__(self) -> None:
         self.module = unwrapped(self.module)
@@ -61,17 +62,21 @@ class Model:
             )
         self._coverage = Coverage.begin(self.module)
 
+    def _look(self) -> None:
+        self._every = self._coverage.members(self.module)
+        self._live = live_tensors(self.module, self._every)
+
     @property
     def live(self) -> dict[str, torch.Tensor]:
         """Every parameter and buffer, under the name that optimizers' states use."""
-        self._every = self._coverage.members(self.module)
+        self._look()
         return self.seen
 
     @property
     def seen(self) -> dict[str, torch.Tensor]:
         """The same of a module in which nothing was replaced since `live`, or `replaced`, was asked last."""
         prefix = "" if self.name == "model" else f"{self.name}."
-        found = {**live_tensors(self.module, self._every), **unfilled(self.module, self._every)}
+        found = {**self._live, **unfilled(self.module, self._every)}
         return {prefix + name: tensor for name, tensor in found.items()} if prefix else found
 
     @property
@@ -95,8 +100,8 @@ class Model:
 
     def replaced(self) -> bool:
         """Whether it has other tensors now than those that the stamp is about."""
-        self._every = self._coverage.members(self.module)
-        return not self._tracks(live_tensors(self.module, self._every))
+        self._look()
+        return not self._tracks(self._live)
 
     def _tracks(self, live: Mapping[str, torch.Tensor]) -> bool:
         return len(live) == len(self._tracked) and all(map(is_, live.values(), self._tracked))
@@ -104,7 +109,7 @@ class Model:
     # ---- writing -------------------------------------------------------------------------
 
     def write(self, out: Writing) -> None:
-        live = live_tensors(self.module, self._every)  # whoever made `out` has asked for them
+        live = self._live  # whoever made `out` has asked for it
         if not self._tracks(live):
             self._tracked = tuple(live.values())
         self._coverage.look(self.module, self._every)
@@ -114,7 +119,7 @@ class Model:
             files.append(TensorFile(self._path("extra.safetensors"), extras, {"format": "pt"}))
         for file in files:
             told = digests.of(file.name)
-            out.staging.tensors(file.name, "model", named(file.tensors), file.metadata, told=told)
+            out.staging.tensors(file.name, "model", named(file.tensors, file.since), file.metadata, told=told)
         about |= {"tensors": digests, "files": [file.name for file in files]}
         computed = self._coverage.computed(self.module) & set(digests.names)
         about["unstored"], about["transient"] = sorted(computed - set(extras)), sorted(computed & set(extras))

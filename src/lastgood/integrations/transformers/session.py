@@ -239,7 +239,7 @@ class Session:
         full = not trainer.args.save_only_model
         self.live.warm(lambda: capture.estimate(trainer, live_tensors(trainer.model), full=full), tables)
         if control.should_log or control.should_save:
-            self.recorder.flush()
+            (self.recorder.ask if control.should_save else self.recorder.flush)()
             self.guard.judge(self.live)
         if self.proved:
             control.should_evaluate = control.should_save = False
@@ -294,7 +294,7 @@ class Session:
         if record is None:
             self._without(step)
             return None
-        self.recorder.saved(step, record.id, self.live.then)
+        self.recorder.saved(step, record.id, self.live)
         self.saved_step, self.saved_rows = step, len(trainer.state.log_history)
         if step in self.unsaved_metrics:  # save_strategy="best" evaluates first
             self.live.record(step, self.unsaved_metrics.pop(step))
