@@ -17,7 +17,7 @@ from lastgood.errors import NotSupported, UsageError
 from lastgood.format.tensors import Tensor
 from lastgood.state.layout import Layout
 from lastgood.state.lazy import SMALL, Lazy, Pace
-from lastgood.state.tensors import ROW, named, to_bytes
+from lastgood.state.tensors import ROW, Named, named, to_bytes
 from lastgood.store.memory import Arena
 
 Tensors = dict[str, torch.Tensor]
@@ -196,6 +196,65 @@ def test_large_tensors_are_not_kept_and_small_ones_go_with_the_memory() -> None:
     arena.release()
     gc.collect()
     assert small() is None
+
+
+def test_what_is_guarded_again_is_still_an_optimizers() -> None:
+    """A tensor of its state that isn't there any more may be changed by anybody; so may all where none is known."""
+    state, weight = torch.ones(LARGE), torch.ones(LARGE)
+    arena, where = Arena(budget=1 << 28), [{(one.data_ptr(), one.nbytes)} for one in (weight, state)]
+
+    def guarded(places: list[set[Any]], own: set[int] | None) -> list[str]:
+        arena.reset()
+        window = Lazy(*places, own=own)
+        window.stage(named({"state": state, "weight": weight}), arena)
+        found = [one.name for one in window._guarded]
+        window.begin()
+        for tensor in (state, weight):
+            if (name := "state" if tensor is state else "weight") not in found:
+                tensor.zero_()
+        window.fill()
+        window.prove()
+        return found
+
+    arena.ready(1)
+    both, none = {id(state), id(weight)}, [set[Any](), set[Any]()]
+    assert guarded(where, both) == guarded(none, both) == ["state", "weight"]
+    assert guarded(none, {id(weight)}) == ["weight"]
+    assert guarded(where, both) == ["state", "weight"]
+    assert guarded(none, None) == []
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_memory_of_large_tensors_is_kept_for_the_next_save_where_it_is_little(
+    kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lastgood.state.layout.KEPT", LARGE * 4 - 1 + kept)
+    tensor, window = torch.ones(LARGE), Lazy((), ())
+    window.weights = {(tensor.data_ptr(), tensor.nbytes)}
+    window.stage(named({"one": tensor}), Arena(budget=1 << 28))
+    (guard,) = window._guarded
+    window.begin()
+    window.fill()
+    assert (guard.tensor is not None) == (guard.source is not None) == kept
+
+
+def test_who_knows_that_a_file_is_the_same_is_believed_of_that_very_file_alone() -> None:
+    arena, first, later = Arena(budget=1 << 28), object(), object()
+    arena.ready(1)
+    one, two, three = ({name: torch.randn(3) for name in "ab"} for _ in range(3))
+
+    def copied(tensors: Tensors, since: object) -> Any:
+        arena.reset()
+        return held(Lazy((), ()).stage(Named(tensors, since), arena).tensors())
+
+    for _ in range(3):
+        assert copied(one, first) == expected(one)
+    assert copied(two, first) == expected(two)
+    assert copied(one, first) == expected(one)
+    one |= three
+    assert copied(one, later) == expected(three)
+    assert copied(two, None) == expected(two)
+    assert copied(three, None) == expected(three)
 
 
 @pytest.mark.parametrize(

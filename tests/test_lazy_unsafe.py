@@ -140,23 +140,29 @@ def content(root: Path, step: int) -> dict[str, bytes]:
     }
 
 
-def run(root: Path, act: Act, free: int | None) -> list[str]:
-    """Two steps; `act` behind the save of the first, when so many pieces are copied; None: copied before that.
+def run(root: Path, act: Act, free: int | None, earlier: int = 0) -> list[str]:
+    """Some steps; `act` behind the save of the last but one, when so many pieces are copied; None: copied before that.
 
-    What the journal says of the saves.
+    earlier: saves before it, which nothing disturbs. What the journal says of the saves.
     """
     torch.manual_seed(1)
-    model, gate = Net(), Gate(free or 0)
+    model, gate, gates = Net(), Gate(free or 0), list[Gate]()
     optimizer = torch.optim.AdamW(lazily.trained(model), lr=1e-2)
-    with lazily.manager(root, None if free is None else gate, model=model, optimizer=optimizer, trail=False) as ckpt:
+    wait = None if free is None else lambda left: [gate(left) for gate in gates]
+    with lazily.manager(root, wait, model=model, optimizer=optimizer, trail=False) as ckpt:
         ckpt.restore()
+        for number in range(1, earlier + 1):
+            lazily.step(model, optimizer)
+            ckpt.step(number)
+            ckpt.settle()
         lazily.step(model, optimizer)
-        ckpt.step(1)
+        gates.append(gate)
+        ckpt.step(earlier + 1)
         assert free is None or gate.held.wait(120)
         act(model, optimizer)
         gate.go.set()
         if act not in (rate, replaced, put_in):  # those change what a loop would have to hand over anew
-            ckpt.step(2)
+            ckpt.step(earlier + 2)
     return [f"{e['event']} {e['step']}" for e in journal.read(root) if e["event"] in ("saved", "failed")]
 
 
@@ -164,23 +170,27 @@ TOTAL = 42
 """Pieces of a save, at least: so many are copied half-way."""
 
 
-@pytest.mark.parametrize("free", [0, 1, TOTAL // 2], ids=lambda free: f"after {free} pieces")
+@pytest.mark.parametrize(("free", "earlier"), [(0, 0), (1, 0), (TOTAL // 2, 0), (0, 1), (0, 2), (TOTAL // 2, 2)])
 @pytest.mark.parametrize("act", [*SAFE, *UNSAFE], ids=lambda act: act.__name__)
-def test_captured_or_found_out(act: Act, free: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    expected = run(tmp_path / "a", act, None)
-    told = run(tmp_path / "b", act, free)
+def test_captured_or_found_out(
+    act: Act, free: int, earlier: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After so many saves, from which something is remembered, and so many pieces."""
+    expected = run(tmp_path / "a", act, None, earlier)
+    told = run(tmp_path / "b", act, free, earlier)
+    last = earlier + 1
     if act in SAFE:
         assert told == expected
-        assert content(tmp_path / "b", 1) == content(tmp_path / "a", 1)
+        assert content(tmp_path / "b", last) == content(tmp_path / "a", last)
     elif told == expected:
         assert free, "what was copied already may have been all that changed"
-        assert content(tmp_path / "b", 1) == content(tmp_path / "a", 1)
+        assert content(tmp_path / "b", last) == content(tmp_path / "a", last)
     else:
-        assert told == ["failed 1", "saved 2"], "the next step is saved at once"
-        assert caplog.text.count("step 1 was not saved") == 1
-        assert [record.step for record in records(tmp_path / "b")] == [2]
-    if 2 in [record.step for record in records(tmp_path / "b")]:
-        assert content(tmp_path / "b", 2) == content(tmp_path / "a", 2)
+        assert told[earlier:] == [f"failed {last}", f"saved {last + 1}"], "the next step is saved at once"
+        assert caplog.text.count(f"step {last} was not saved") == 1
+        assert last not in [record.step for record in records(tmp_path / "b")]
+    if last + 1 in [record.step for record in records(tmp_path / "b")]:
+        assert content(tmp_path / "b", last + 1) == content(tmp_path / "a", last + 1)
 
 
 def test_from_then_on_training_waits_for_the_copies(tmp_path: Path) -> None:

@@ -37,13 +37,12 @@ class Guarded:
         version = None if weight else alias._version
         return cls(name, alias, source, target, alias.data_ptr(), weight, version, stays)
 
-    def again(self, tensor: torch.Tensor) -> bool:
-        """Begin once more, with the same tensor at the same place; False where it has a count of its own now."""
+    def again(self) -> None:
+        """Begin once more: the tensor is the same one at the same place, and the alias has its count of changes."""
         assert self.tensor is not None, "it stays"
         self.noted, self.changed = None, False
         if not self.weight:
             self.version = self.tensor._version
-        return self.weight or self.version == tensor._version
 
     def note(self) -> None:
         """What it is now, for the proof."""

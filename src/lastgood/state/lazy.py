@@ -103,7 +103,8 @@ class Lazy:
     def _take(self, tensor: torch.Tensor, large: Large, stays: bool) -> None:
         """Note what it is and copy it later, or copy it now."""
         guard = large.guard
-        if guard is not None and self._still_own(guard, tensor) and guard.again(tensor):
+        if guard is not None and self._still_own(guard, tensor):
+            guard.again()
             self._guarded.append(guard)
             return
         large.guard = None
