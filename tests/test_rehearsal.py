@@ -6,12 +6,15 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from transformers import Trainer
 
 import lastgood
 import loops
@@ -23,7 +26,7 @@ from test_adapters import LORA
 from test_background_exact import content
 
 import forked
-from training import tiny_gpt2
+from training import Case, tiny_gpt2, train
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -190,3 +193,57 @@ def test_I1_killed_in_it_nothing_but_its_directory_is_left_until_the_next_start(
         manager.step(1)
         manager.save()
     assert [record.step for record in records(root)] == [1]
+
+
+# ---- in a Trainer ------------------------------------------------------------------------
+
+
+def counted(kind: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps at which `save_model` of this class was called."""
+    original, steps = kind.save_model, list[int]()
+
+    @wraps(original)
+    def save_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        steps.append(self.state.global_step)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "save_model", save_model)
+    return steps
+
+
+class Own(Trainer):
+    def save_model(self, *args: Any, **kwargs: Any) -> Any:
+        return super().save_model(*args, **kwargs)
+
+
+LATER = {"save_steps": 4, "max_steps": 8}
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_I9_a_trainer_rehearses_once_and_trains_the_same(
+    lora: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = counted(Trainer, monkeypatch)
+    case = Case("rehearsed", lora=lora, noise="torch python numpy", args=LATER)
+    train(case, tmp_path / "a", tmp_path / "plain")
+    assert steps == [4, 8]
+    steps.clear()
+    train(replace(case, options={"background": True}), tmp_path / "b", tmp_path / "behind")
+    assert sorted(set(steps)) in ([2, 4, 8], [3, 4, 8]), "behind a step at which the memory was there, and no save due"
+    assert len(steps) == 3
+    assert (tmp_path / "plain").read_text() == (tmp_path / "behind").read_text()
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+    assert not left(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("kind", "args"), [(Own, LATER), (Trainer, {**LATER, "save_steps": 2}), (Trainer, {**LATER, "save_steps": 1})]
+)
+def test_nor_code_of_ones_own_nor_where_a_save_is_due(
+    kind: type[Trainer], args: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = counted(kind, monkeypatch)
+    trainer: Any = Case("own", args=args).trainer(tmp_path)
+    trainer.__class__ = kind
+    lastgood.manage(trainer, background=True).train()
+    assert steps == list(range(args["save_steps"], 9, args["save_steps"]))

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 Change = tuple[str, str, Callable[[Any], Any]]
-"""Module, name of the function in it, and what makes another one of it."""
+"""Module, name of the function in it (or of a class and its method), and what makes another one of it."""
 
 
 @contextmanager
@@ -19,13 +19,16 @@ def replaced(changes: Iterable[Change]) -> Iterator[None]:
     """
     originals = []
     try:
-        for module_name, attribute, wrap in changes:
-            module = sys.modules.get(module_name)
-            original = getattr(module, attribute, None)
-            if module is not None and original is not None:
-                originals.append((module, attribute, original))
-                setattr(module, attribute, wrap(original))
+        for module_name, path, wrap in changes:
+            *kind, attribute = path.split(".")
+            owner: Any = sys.modules.get(module_name)
+            for name in kind:
+                owner = getattr(owner, name, None)
+            original = getattr(owner, attribute, None)
+            if owner is not None and original is not None:
+                originals.append((owner, attribute, original))
+                setattr(owner, attribute, wrap(original))
         yield
     finally:
-        for module, attribute, original in reversed(originals):
-            setattr(module, attribute, original)
+        for owner, attribute, original in reversed(originals):
+            setattr(owner, attribute, original)

@@ -31,6 +31,7 @@ from lastgood.state.optimizer import clean
 from lastgood.state.replaced import replaced
 from lastgood.state.stored import Stored, fill, open_to
 from lastgood.state.tensors import by_digest, digest, holds, same_bits, signature
+from lastgood.state.tokenizers import Tokenizers
 from lastgood.store.checksum import kind_of
 
 T = TypeVar("T")
@@ -100,13 +101,15 @@ class Coverage:
     """Remembers, per run, what the model was at the start, and what was tried once.
 
     proven: live tensors that the conversions lead back to. stored: those that nothing leads back to, which are
-    stored under their live names. known: what the last save found out; capturing: the same of an optimizer.
+    stored under their live names. known: what the last save found out; capturing: the same of an optimizer, tokenizers:
+    and of what is saved with the model.
     """
 
     initial: dict[str, str]
     prints: Fingerprints
     known: Known = field(default_factory=Known)
     capturing: Capturing = field(default_factory=Capturing)
+    tokenizers: Tokenizers = field(default_factory=Tokenizers)
     proven: set[str] = field(default_factory=set)
     stored: set[str] = field(default_factory=set)
     _calm: tuple[object, object] = (None, None)  # of a save at which no tensor was in doubt
@@ -128,7 +131,7 @@ class Coverage:
     @contextmanager
     def collecting(self, model: torch.nn.Module, directory: str) -> Iterator[list[TensorFile]]:
         """`taken_over` for the save_pretrained of this model."""
-        with taken_over(directory) as files, self.known.reused(model):
+        with taken_over(directory) as files, self.known.reused(model), self.tokenizers.reused():
             yield files
 
     def collected(self, collect: Callable[[], tuple[TensorFile, T]]) -> tuple[TensorFile, T]:

@@ -20,6 +20,7 @@ from lastgood.integrations.torch.stamp import Stamp, leaves
 from lastgood.state import optimizer as optimizers
 from lastgood.state import tree
 from lastgood.state.capturing import Capturing
+from lastgood.state.tokenizers import Tokenizers
 
 LONG = 0.02
 """Seconds of this thread that a look at a part may take at every step."""
@@ -265,9 +266,11 @@ class Files:
 
     name: str
     thing: Any
+    _tokenizers: Tokenizers = field(default_factory=Tokenizers)
 
     def write(self, out: Writing) -> None:
-        self.thing.save_pretrained(out.staging.path)
+        with self._tokenizers.reused():
+            self.thing.save_pretrained(out.staging.path)
         out.staging.adopt("model")
 
     def prepare(self, source: Reading) -> Ready | None:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from transformers.trainer_callback import ExportableState
 
+from lastgood.behind import Behind
 from lastgood.format import guard
 from lastgood.format.digests import FORMAT
 from lastgood.integrations.transformers import extras
 from lastgood.repo.staging import Staging
 from lastgood.state import rng, tree
 from lastgood.state.capturing import Capturing
+from lastgood.state.conversions import tables
 from lastgood.state.data import Position
+from lastgood.state.fingerprint import live_tensors
 from lastgood.state.rng import Rng
 from lastgood.state.tensors import named
 from lastgood.state.weights import Coverage
@@ -52,6 +55,38 @@ def write(
 
     live: the model's tensors as they are now.
     """
+    _write_model(trainer, staging, live, coverage)
+    for name in guard.NAMES:
+        staging.data(name, "model", guard.content(name))
+    staging.data("trainer_state.json", "model", trainer_state(trainer))
+    if not trainer.args.save_only_model:
+        _write_resume_state(trainer, staging, live, moment, coverage.capturing)
+    staging.adopt("model")
+
+
+def rehearsal(trainer: Any, coverage: Coverage) -> Callable[[Staging], None] | None:
+    """Stages what takes the time of a first save: models and optimizers. None where that runs somebody's own code."""
+    methods = ("save_model", "_save")
+    if not all(getattr(type(trainer), name).__module__.startswith(_LIBRARIES) for name in methods):
+        return None
+    if any(name in vars(trainer) for name in methods):
+        return None
+
+    def write(staging: Staging) -> None:
+        live = live_tensors(trainer.model, coverage.members(trainer.model))
+        _write_model(trainer, staging, live, coverage)
+        if not trainer.args.save_only_model:
+            _, tensors = coverage.capturing.capture(trainer.optimizer, live)
+            staging.tensors("optimizer.safetensors", "optimizer", named(tensors), TENSOR_METADATA)
+        staging.adopt("model")
+
+    return write
+
+
+_LIBRARIES = ("transformers.", "trl.", "lastgood.")
+
+
+def _write_model(trainer: Any, staging: Staging, live: Mapping[str, torch.Tensor], coverage: Coverage) -> None:
     coverage.look(trainer.model, coverage.members(trainer.model))
     with coverage.collecting(trainer.model, staging.path) as files:
         trainer.save_model(staging.path, _internal_call=True)
@@ -65,12 +100,6 @@ def write(
     tied = coverage.aliases(trainer.model, files)
     about = {"unstored": unstored, "transient": transient, **({"aliases": tied} if tied else {})}
     staging.data("tensors.json", "model", lambda: _json({"format": FORMAT, "tensors": digests.all(), **about}))
-    for name in guard.NAMES:
-        staging.data(name, "model", guard.content(name))
-    staging.data("trainer_state.json", "model", trainer_state(trainer))
-    if not trainer.args.save_only_model:
-        _write_resume_state(trainer, staging, live, moment, coverage.capturing)
-    staging.adopt("model")
 
 
 def _write_resume_state(
@@ -155,10 +184,16 @@ def _json(value: Any, indent: int | None = None) -> bytes:
     return (json.dumps(value, allow_nan=False, sort_keys=indent is not None, indent=indent) + "\n").encode()
 
 
-def estimate(trainer: Any, live: Mapping[str, torch.Tensor], *, full: bool) -> int:
+def warm(run: Behind, trainer: Any, coverage: Coverage) -> None:
+    """See `Behind.warm`: nothing is rehearsed where a save is due now."""
+    write = None if trainer.control.should_save else rehearsal(trainer, coverage)
+    run.warm(lambda: estimate(trainer, live_tensors(trainer.model)), tables, write)
+
+
+def estimate(trainer: Any, live: Mapping[str, torch.Tensor]) -> int:
     """Bytes that a save will need: weights that are saved plus optimizer state."""
     adapter = hasattr(trainer.model, "peft_config")
     total = sum(t.numel() * t.element_size() for t in live.values() if t.requires_grad or not adapter)
-    if full and trainer.optimizer is not None:
+    if not trainer.args.save_only_model and trainer.optimizer is not None:
         total += extras.size(trainer, live) + Capturing().bytes(trainer.optimizer)
     return int(total)

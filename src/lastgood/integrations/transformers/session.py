@@ -31,7 +31,6 @@ from lastgood.repo.held import Held
 from lastgood.repo.staging import Staging
 from lastgood.report import Change, Report
 from lastgood.state import facts, flying, rng
-from lastgood.state.conversions import tables
 from lastgood.state.data import Position, Tracker
 from lastgood.state.fingerprint import live_tensors
 from lastgood.state.finite import not_finite
@@ -236,8 +235,8 @@ class Session:
         batches = getattr(trainer, "current_gradient_accumulation_steps", 1)
         skipped = bool(trainer.accelerator.optimizer_step_was_skipped)
         self.recorder.step(trainer.state.global_step, batches, grad_norm=grad_norm, lr=lr, skipped=skipped)
-        full = not trainer.args.save_only_model
-        self.live.warm(lambda: capture.estimate(trainer, live_tensors(trainer.model), full=full), tables)
+        assert self.coverage is not None
+        capture.warm(self.live, trainer, self.coverage)
         if control.should_log or control.should_save:
             (self.recorder.ask if control.should_save else self.recorder.flush)()
             self.guard.judge(self.live)
@@ -280,7 +279,7 @@ class Session:
         record = self.live.save(
             step,
             write,
-            estimate=capture.estimate(trainer, live, full=not trainer.args.save_only_model),
+            estimate=capture.estimate(trainer, live),
             environment=facts.environment(),
             arguments=self.arguments,
             facts={**self.facts(), **self.guard.facts()},
