@@ -58,8 +58,8 @@ class Staging:
     writers: int = WRITERS
     check: Callable[[], object] | None = None
     _waiting: dict[str, Callable[[Path], FileEntry]] = field(default_factory=dict)
+    _sizes: dict[str, int] = field(default_factory=dict)
     _about: dict[str, Callable[[Path], FileEntry]] = field(default_factory=dict)  # what is made when those are written
-    _bytes: int = 0  # of what is waiting
 
     @property
     def directory(self) -> Path:
@@ -130,8 +130,10 @@ class Staging:
         Raises SaveFailed or NotEnoughSpace.
         """
         started, made = time.perf_counter(), dict[str, FileEntry]()
-        (todo, self._waiting), (about, self._about) = (self._waiting, {}), (self._about, {})
-        count, self._bytes = self.writers if self._bytes >= APART else 1, 0
+        sizes, about = self._sizes, self._about
+        todo = {name: self._waiting[name] for name in sorted(sizes, key=lambda name: -sizes[name])}  # large ones first
+        self._waiting, self._about, self._sizes = {}, {}, {}
+        count = self.writers if sum(sizes.values()) >= APART else 1
 
         def act(name: str, write: Callable[[Path], FileEntry]) -> None:
             path = self.directory / name
@@ -166,8 +168,7 @@ class Staging:
 
     def _take(self, name: str, part: str, write: Callable[[Path], FileEntry], size: int) -> None:
         self._name(name, part)
-        self._waiting[name] = write
-        self._bytes += size
+        self._waiting[name], self._sizes[name] = write, size
 
     def _spent(self, on: str, since: float) -> None:
         self.seconds[on] = self.seconds.get(on, 0.0) + time.perf_counter() - since
