@@ -38,9 +38,10 @@ def test_I3_a_file_that_could_not_be_written_is_not_there(what: str, tmp_path: P
             try:
                 told = local.write(tmp_path / "file", [b"one", b"two"])
             except OSError:
+                assert what != "short", "a short write is gone on with"
                 assert not (tmp_path / "file").exists()
                 continue
-        assert told == local.digest(tmp_path / "file"), "a short write is gone on with"
+        assert told == local.digest(tmp_path / "file")
         (tmp_path / "file").unlink()
 
 

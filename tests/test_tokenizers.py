@@ -79,7 +79,7 @@ def noisy(tokenizer: Any) -> None:
 def other_words(tokenizer: Any) -> None:
     """As many."""
     words = {word.replace("ab", "cb"): number for word, number in WORDS.items()}
-    tokenizer.backend_tokenizer.model = models.BPE(words, [("c", "b"), ("b", "c")])
+    tokenizer.backend_tokenizer.model = models.BPE(words, [("c", "b"), ("b", "c")], unk_token="a")
 
 
 def other_kind(tokenizer: Any) -> None:
