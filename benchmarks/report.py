@@ -17,11 +17,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import durable, figures, restore, scaling, stall
+from benchmarks import durable, figures, restore, saves, scaling, stall
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, FIGURES = ROOT / "docs" / "performance.md", ROOT / "docs" / "figures"
-MODULES: dict[str, Any] = {"stall": stall, "durable": durable, "restore": restore, "scaling": scaling}
+MODULES: dict[str, Any] = {"stall": stall, "saves": saves, "durable": durable, "restore": restore, "scaling": scaling}
 BLOCK = re.compile(r"(<!-- figures: ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

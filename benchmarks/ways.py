@@ -231,8 +231,21 @@ class DcpStaged(DcpAsync):
         return self.kept
 
 
+class Lightning(TorchSave):
+    """Lightning's usual CheckpointIO: a pickle in memory, then a file."""
+
+    def begin(self) -> None:
+        from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+        self.io = TorchCheckpointIO()
+
+    def write(self, path: Path) -> None:
+        model, optimizer = self.state.weights(), self.state.optimizer.state_dict()
+        self.io.save_checkpoint({"state_dict": model, "optimizer_states": [optimizer]}, path)
+
+
 class LightningAsync(Behind):
-    """Lightning's AsyncCheckpointIO around its usual torch.save."""
+    """Lightning's AsyncCheckpointIO around that."""
 
     def begin(self) -> None:
         super().begin()
@@ -371,6 +384,7 @@ WAYS: dict[str, type[Way]] = {
     "dcp.async_save, thread": DcpAsync,
     "dcp.async_save, process": DcpProcess,
     "dcp.async_save, staged": DcpStaged,
+    "Lightning": Lightning,
     "Lightning async": LightningAsync,
     "torchsnapshot": Torchsnapshot,
     "moonclip": Moonclip,

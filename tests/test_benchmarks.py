@@ -88,6 +88,18 @@ def test_durable(tmp_path: Path) -> None:
     assert "raw O_DIRECT" in report.told(document)
 
 
+def test_saves(tmp_path: Path) -> None:
+    words = ["--state", "tiny", "--words", "300", "--every", "1", "--saves", "3", "--repeat", "1", "--threads", "1"]
+    document = bench("saves", tmp_path, *words, plot=True)
+    assert list(document["runs"]) == ["nothing", "stock", "managed", "managed, background"]
+    for way, (found,) in document["runs"].items():
+        assert found["train"] > 0
+        assert len(found["stalls"]) == (0 if way == "nothing" else 3)
+        assert (found["bytes"] > 1e6) == (way != "nothing")
+    assert "| managed, background |" in report.told(document)
+    assert (tmp_path / "saves.svg").exists()
+
+
 def test_restore(tmp_path: Path) -> None:
     document = bench("restore", tmp_path, "--size", "1M", "--repeat", "1", "--only", "lastgood")
     assert set(document["runs"]) == {"read", "lastgood"}
@@ -101,7 +113,7 @@ def test_a_file_that_can_not_be_written_is_refused_before_the_measuring(tmp_path
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-@pytest.mark.parametrize("way", ["torch.save", "safetensors + fsync", "stock Trainer + fsync", "dcp.save", "lastgood"])
+@pytest.mark.parametrize("way", ["torch.save", "safetensors + fsync", "stock Trainer + fsync", "dcp.save", "Lightning", "lastgood"])
 def test_every_way_writes_the_whole_state(way: str, tmp_path: Path) -> None:
     """A way that left something out would be fast."""
     state = made("tiny", length=4)
