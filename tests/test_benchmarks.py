@@ -113,7 +113,9 @@ def test_a_file_that_can_not_be_written_is_refused_before_the_measuring(tmp_path
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-@pytest.mark.parametrize("way", ["torch.save", "safetensors + fsync", "stock Trainer + fsync", "dcp.save", "Lightning", "lastgood"])
+@pytest.mark.parametrize(
+    "way", ["torch.save", "safetensors + fsync", "stock Trainer + fsync", "dcp.save", "Lightning", "lastgood"]
+)
 def test_every_way_writes_the_whole_state(way: str, tmp_path: Path) -> None:
     """A way that left something out would be fast."""
     state = made("tiny", length=4)
