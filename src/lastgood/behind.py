@@ -21,7 +21,7 @@ from lastgood.repo import journal
 from lastgood.repo.draft import Blank, Changed, Eager, Window, draft
 from lastgood.repo.lock import RunLock
 from lastgood.repo.read import records
-from lastgood.repo.staging import Staging, open_staging
+from lastgood.repo.staging import Ordered, Staging, as_they_come, open_staging
 from lastgood.store import direct, local
 from lastgood.store.dissolve import dissolve
 from lastgood.store.memory import Arena, Pin, Short
@@ -70,6 +70,7 @@ class Behind(Holding):
     """background: None for a run whose saves are written before training goes on.
 
     at_once: as stages, of saves before which nothing may change. pin: where memory for copies comes from, see Arena.
+    ordered: of files that are written before training goes on, see Staging.
     stages: makes the Window of each save. grace: of a SIGTERM, as a budget; whoever trains sets its `since`.
     owed: why a save is due at the end of the next step, "" if none is. saved: what this process saved, by step; one
     that is under way is in it already, without its files. took: seconds from the beginning of the last save until it
@@ -80,6 +81,7 @@ class Behind(Holding):
     stages: Callable[[], Window] = field(default=Eager, kw_only=True)
     at_once: Callable[[], Window] = field(default=Eager, kw_only=True)
     pin: Pin | None = field(default=None, kw_only=True)
+    ordered: Ordered = field(default=as_they_come, kw_only=True)
     grace: Grace = field(default_factory=Grace, init=False)
     owed: str = field(default="", init=False)
     saved: dict[int, Record] = field(default_factory=dict, kw_only=True)

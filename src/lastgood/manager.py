@@ -141,6 +141,7 @@ class Manager(Behind):
                 )  # fmt: skip
                 staging = open_staging(self.root)
                 staging.check = None if self.grace.seconds is None else self.grace.check
+                staging.ordered = self.ordered
                 if behind and self.background is not None:
                     self._arena.budget = self.background.budget
                     staging = draft(staging, self._arena, self.stages())

@@ -39,6 +39,13 @@ PIECE = 8 << 20
 Content = bytes | memoryview | Callable[[], bytes]
 """Of a file: itself, or a function that makes it when it is written."""
 
+Ordered = Callable[[str, Iterable[safetensors.Tensor]], list[safetensors.Tensor]]
+
+
+def as_they_come(name: str, tensors: Iterable[safetensors.Tensor]) -> list[safetensors.Tensor]:
+    """Nothing is known of them from the last save."""
+    return safetensors.ordered(tensors)
+
 
 @dataclass(slots=True)
 class Staging:
@@ -47,7 +54,7 @@ class Staging:
     path: the directory, for libraries that write files of their own. parts: the names that were taken so far; files:
     what is written. writers: files at the same time. check: called again and again while tensors are written; what it
     raises ends that. seconds: spent on what: "hash" (making tensors.json of the hashes), "write" (with all hashing),
-    "sync", "copy".
+    "sync", "copy". ordered: the tensors of the file of that name, as they come in it.
     """
 
     root: Path
@@ -57,6 +64,7 @@ class Staging:
     seconds: dict[str, float] = field(default_factory=dict)
     writers: int = WRITERS
     check: Callable[[], object] | None = None
+    ordered: Ordered = as_they_come
     _waiting: dict[str, Callable[[Path], FileEntry]] = field(default_factory=dict)
     _sizes: dict[str, int] = field(default_factory=dict)
     _about: dict[str, Callable[[Path], FileEntry]] = field(default_factory=dict)  # what is made when those are written
@@ -84,7 +92,7 @@ class Staging:
 
         Raises SaveFailed, and UsageError for what no file can hold.
         """
-        entries = safetensors.ordered(tensors)
+        entries = self.ordered(name, tensors)
         size, chunks = safetensors.laid_out(entries, metadata, ready)
 
         def write(path: Path) -> FileEntry:

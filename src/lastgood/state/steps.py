@@ -24,6 +24,7 @@ from lastgood.state.device import captured
 from lastgood.state.flying import aboard
 from lastgood.state.lazy import Lazy, Pace, Place
 from lastgood.state.optimizer import plain
+from lastgood.state.views import Views
 
 
 @dataclass(slots=True)
@@ -44,6 +45,7 @@ class Steps:
     @contextmanager
     def heard(self) -> Iterator[None]:
         """Be called before every step inside, if anything is to be copied later at all."""
+        self.run.ordered = Views().ordered
         if self.run.background is None or not self.run.background.lazy:
             if self.run.pin is None:
                 self.run.stages = lambda: Lazy((), (), self.pace)
