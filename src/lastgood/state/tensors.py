@@ -31,7 +31,7 @@ def to_bytes(name: str, tensor: torch.Tensor) -> Tensor:
 
     Raises NotSupported, with the tensor's name, for what could not be read back bit-identically.
     """
-    plain, code = tensor.detach(), code_of(name, tensor)
+    plain, code = tensor.detach() if tensor.requires_grad else tensor, code_of(name, tensor)
     if not (plain.is_cpu and plain.is_contiguous()) or plain.is_conj() or plain.is_neg():  # rare: each call costs a bit
         plain = plain.resolve_conj().resolve_neg().cpu().contiguous()
     if plain.dtype in _OF_NUMPY and plain.numel():  # half the time, for nearly every tensor that there is

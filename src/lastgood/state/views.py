@@ -33,10 +33,14 @@ class View:
     def of(cls, named: Named) -> View | None:
         """None where it isn't all memory that is written as it is, or too much. Raises NotSupported, UsageError."""
         tensors = list(named.tensors.values())
-        if not all(map(open_to, tensors)) or sum(tensor.nbytes for tensor in tensors) > KEPT:
+        spots = Spots.of(tensors)
+        if not all(map(open_to, spots.large)) or sum(tensor.nbytes for tensor in tensors) > KEPT:
             return None
-        entries = safetensors.ordered(to_bytes(name, tensor) for name, tensor in named.tensors.items())
-        return cls(entries, list(named.tensors), tensors, Spots.of(tensors))
+        aliases = dict(zip(map(id, spots.small), spots.like, strict=True))
+        entries = safetensors.ordered(
+            to_bytes(name, aliases.get(id(tensor), tensor)) for name, tensor in named.tensors.items()
+        )
+        return cls(entries, list(named.tensors), tensors, spots)
 
     def still(self, named: Named) -> bool:
         """Whether these are the very same objects, and lie where they did, in the same form."""
