@@ -282,6 +282,6 @@ class Behind(Holding):
             journal.append(self.door, "failed", step=step, error=str(error))
             warn(f"NO CHECKPOINT at step {step}: {error}\n  earlier ones are intact")
         self._writer.stop()
-        self._window = Eager()
+        self._window, self.ordered = Eager(), as_they_come  # nothing of a model is kept any longer
         self._arena.release()
         Holding.close(self, event, **facts)

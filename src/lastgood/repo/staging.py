@@ -65,8 +65,7 @@ class Staging:
     writers: int = WRITERS
     check: Callable[[], object] | None = None
     ordered: Ordered = as_they_come
-    _waiting: dict[str, Callable[[Path], FileEntry]] = field(default_factory=dict)
-    _sizes: dict[str, int] = field(default_factory=dict)
+    _waiting: dict[str, tuple[int, Callable[[Path], FileEntry]]] = field(default_factory=dict)  # with their bytes
     _about: dict[str, Callable[[Path], FileEntry]] = field(default_factory=dict)  # what is made when those are written
 
     @property
@@ -138,10 +137,10 @@ class Staging:
         Raises SaveFailed or NotEnoughSpace.
         """
         started, made = time.perf_counter(), dict[str, FileEntry]()
-        sizes, about = self._sizes, self._about
-        todo = {name: self._waiting[name] for name in sorted(sizes, key=lambda name: -sizes[name])}  # large ones first
-        self._waiting, self._about, self._sizes = {}, {}, {}
-        count = self.writers if sum(sizes.values()) >= APART else 1
+        count = self.writers if sum(size for size, _ in self._waiting.values()) >= APART else 1
+        large_first = sorted(self._waiting.items(), key=lambda item: -item[1][0])  # the last one keeps all waiting
+        todo, about = {name: write for name, (_, write) in large_first}, self._about
+        self._waiting, self._about = {}, {}
 
         def act(name: str, write: Callable[[Path], FileEntry]) -> None:
             path = self.directory / name
@@ -176,7 +175,7 @@ class Staging:
 
     def _take(self, name: str, part: str, write: Callable[[Path], FileEntry], size: int) -> None:
         self._name(name, part)
-        self._waiting[name], self._sizes[name] = write, size
+        self._waiting[name] = size, write
 
     def _spent(self, on: str, since: float) -> None:
         self.seconds[on] = self.seconds.get(on, 0.0) + time.perf_counter() - since

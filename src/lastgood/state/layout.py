@@ -56,7 +56,7 @@ class Layout:
     _spots: Spots
     _places: list[Any]
     _rows: list[Row]
-    _asked: tuple[object, object] = (None, None)  # what was found to be the same last
+    _last: Named | None = None  # what was found to be the same, where somebody knows for how long
 
     @classmethod
     def of(cls, tensors: Mapping[str, torch.Tensor], arena: Arena, limit: int) -> Layout:
@@ -80,12 +80,11 @@ class Layout:
 
     def still(self, named: Named) -> bool:
         """Whether these are the very same objects, and lie where they did, in the same form."""
-        asked = (None, None) if named.since is None else (named.tensors, named.since)
-        if named.since is not None and all(map(is_, asked, self._asked)):
+        if named.surely(self._last):
             return True
         if not self._still(named.tensors):
             return False
-        self._asked = asked
+        self._last = named if named.since is not None else None
         return True
 
     def _still(self, tensors: Mapping[str, torch.Tensor]) -> bool:

@@ -140,6 +140,12 @@ class Named:
     tensors: Mapping[str, torch.Tensor]
     since: object = None
 
+    def surely(self, last: Named | None) -> bool:
+        """Whether somebody knows that it is what `last` was."""
+        if last is None or self.since is None:
+            return False
+        return self.tensors is last.tensors and self.since is last.since
+
     def __iter__(self) -> Iterator[Tensor]:
         small = self.small()
         return (small.get(name) or to_bytes(name, tensor) for name, tensor in self.tensors.items())

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from operator import is_
-from typing import Any
 
 import torch
 
@@ -27,7 +26,7 @@ class View:
     _names: list[str]
     _tensors: list[torch.Tensor]
     _spots: Spots
-    _asked: tuple[Any, Any] = (None, None)  # what was found to be the same last
+    _last: Named | None = None  # what was found to be the same, where somebody knows for how long
 
     @classmethod
     def of(cls, named: Named) -> View | None:
@@ -44,13 +43,12 @@ class View:
 
     def still(self, named: Named) -> bool:
         """Whether these are the very same objects, and lie where they did, in the same form."""
-        asked = (None, None) if named.since is None else (named.tensors, named.since)
-        if named.since is not None and all(map(is_, asked, self._asked)):
+        if named.surely(self._last):
             return True
         same = list(named.tensors) == self._names and all(map(is_, named.tensors.values(), self._tensors))
         if not (same and self._spots.still()):
             return False
-        self._asked = asked
+        self._last = named if named.since is not None else None
         return True
 
 
