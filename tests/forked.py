@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -29,6 +30,10 @@ def start(function: Callable[..., Any], *args: Any, log: Path, **kwargs: Any) ->
         sys.stderr = os.fdopen(2, "w", closefd=False)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         logging.getLogger().handlers.clear()  # those of the test runner
+        # Nor its garbage: an interrupt that comes while Python finalises something is dropped.
+        gc.callbacks.clear()
+        gc.freeze()
+        sys.unraisablehook = sys.__unraisablehook__
         function(*args, **kwargs)
         status = 0
     except SystemExit as leave:

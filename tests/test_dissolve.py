@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +28,8 @@ from lastgood.store.fs import AnyPath
 from lastgood.store.together import together
 from lastgood.testing import Fault, Faulty, FileSystem, Model, Recorder, cuts, using
 from lastgood.writer import NICE
+
+import forked
 
 
 def filled(path: Path, sizes: list[int]) -> Path:
@@ -199,6 +203,41 @@ def test_all_are_under_way_at_the_same_time_and_waited_for(brief: bool) -> None:
     with pytest.raises(OSError, match="broken"):
         together([lambda n=n: act(n) for n in range(3)], limit=3, brief=brief)  # type: ignore[misc]
     assert sorted(done) == [0, 2]
+
+
+def interrupted(turns: int, *, brief: bool) -> None:
+    """Two interrupts, microseconds apart, while something is waited for; nothing else may come of them."""
+    armed = False
+
+    def ring(number: int, frame: object) -> None:
+        if armed:
+            if number == signal.SIGINT:
+                signal.setitimer(signal.ITIMER_REAL, 1e-6 * (1 + turn % 60))
+            raise KeyboardInterrupt
+
+    def act() -> None:
+        time.sleep(0.0005)  # so that the caller waits by now
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.0005)
+
+    signal.signal(signal.SIGINT, ring)
+    signal.signal(signal.SIGALRM, ring)
+    heard = 0
+    for turn in range(turns):
+        try:
+            armed = True
+            together([bool, act], limit=2, brief=brief)
+            armed = False
+        except KeyboardInterrupt:
+            armed = False
+            heard += 1
+    assert heard == turns
+
+
+@pytest.mark.parametrize("brief", [False, True])
+def test_an_interruption_stays_one_however_many_there_are(brief: bool, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert forked.run(interrupted, 600, brief=brief, log=log) == 0, log.read_text()
 
 
 def test_where_calls_are_counted_one_comes_after_the_other() -> None:
