@@ -55,7 +55,7 @@ class Writer:
     @property
     def here(self) -> bool:
         """Whether it is the writer who asks."""
-        return self._thread is threading.current_thread()
+        return self._thread is not None and self._thread.ident == threading.get_ident()
 
     def submit(self, job: Callable[[], None], *, size: int = 0) -> None:
         """To be done behind all that was submitted before. size: bytes that it writes, for the patience at the end."""

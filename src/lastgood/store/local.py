@@ -141,7 +141,7 @@ def adopt(path: Path) -> FileEntry:
 def sync_all(files: Sequence[Path], folders: Sequence[Path]) -> None:
     """Make the content of files and the names in directories durable, all at the same time."""
     acts = [*(partial(_sync_file, path) for path in files), *(partial(sync_dir, path) for path in folders)]
-    together(acts, limit=SYNCS, brief=True)
+    together(acts, limit=SYNCS)
 
 
 def reopened(path: Path) -> int:
