@@ -42,6 +42,11 @@ LOOKS = 0.03
 LIMIT = 1800.0
 """Seconds for one run of one way: what takes longer hangs."""
 
+KEPT = {"MALLOC_MMAP_THRESHOLD_": f"{4 << 30}", "MALLOC_TRIM_THRESHOLD_": f"{8 << 30}", "MALLOC_TOP_PAD_": f"{256 << 20}"}
+"""Have glibc (mallopt(3)) keep what training frees. By itself it gives large blocks back to the system, and each step
+faults them in again: of a step of gpt2-125m that is from a fifth to two thirds, and differs so much from one step to the
+next that what a save takes is lost in it."""
+
 # ---- one way, in this process ----------------------------------------------------------------
 
 
@@ -94,8 +99,9 @@ def apart(name: str, args: argparse.Namespace, place: Path) -> dict[str, Any]:
     before = signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
     with open(place / "log", "wb") as log:
         child = subprocess.Popen(
-            [*command, "--report", str(writing)], pass_fds=[writing], stdout=log, stderr=log, start_new_session=True
-        )
+            [*command, "--report", str(writing)], env={**os.environ, **(KEPT if args.allocator == "kept" else {})},
+            pass_fds=[writing], stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
     os.close(writing)
     try:
         signal.signal(signal.SIGTERM, before)
@@ -193,6 +199,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="sequences of a step")
     parser.add_argument("--length", type=int, default=64, help="tokens of a sequence")
     parser.add_argument("--warm", type=int, default=2, help="steps before the clock runs")
+    parser.add_argument("--allocator", choices=("kept", "system"), default="kept", help="whether glibc keeps memory")
     parser.add_argument("--install", type=Path, metavar="DIRECTORY", help="other libraries' environments are made here")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--report", type=int, help=argparse.SUPPRESS)
@@ -229,6 +236,7 @@ def main() -> None:
         shutil.rmtree(place, ignore_errors=True)
     found = {way: runs for way, runs in found.items() if len(runs) == args.repeat}
     facts = {"state": args.state, "every": args.every, "saves": args.saves, "threads": args.threads}
+    facts["allocator"] = args.allocator
     document = figures.write(args.json, "stall", **facts, runs=found, missing=missing)
     show(document)
     if args.plot:

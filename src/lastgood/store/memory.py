@@ -14,8 +14,8 @@ BLOCK = 16 << 20
 """Bytes (16 MiB) taken from the system at least."""
 ALIGN = 64
 """Every copy begins at a multiple of so many bytes."""
-SLICE = 8 << 20
-"""Bytes faulted in by one call: the interpreter is held for no longer than that takes."""
+SLICE = 2 << 20
+"""Bytes (2 MiB, a large page) faulted in by one call: nobody else gets memory from the system for as long as it takes."""
 
 
 class Short(Exception):

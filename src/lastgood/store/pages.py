@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import sys
 from contextlib import suppress
 
 POPULATE_WRITE = 23
@@ -33,10 +34,15 @@ def advise(memory: mmap.mmap, what: str) -> None:
 def fault_in(memory: mmap.mmap, begin: int, count: int) -> bool:
     """Have these bytes of what was `mapped` there before they are needed.
 
-    False where the system does that only as they are touched.
+    False where the system does that only as they are touched. The interpreter is free meanwhile, unlike in a call of
+    `madvise` of Python's: a virtual machine may get its memory at half a gigabyte a second, and training would stand
+    still for that.
     """
-    try:
-        memory.madvise(POPULATE_WRITE, begin, count)
-    except (OSError, AttributeError):
+    if sys.platform != "linux":
         return False
-    return True
+    import ctypes  # what only looks starts faster without
+
+    call = ctypes.CDLL(None, use_errno=True).madvise
+    call.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    place = ctypes.addressof(ctypes.c_char.from_buffer(memory, begin))
+    return bool(call(place, count, POPULATE_WRITE) == 0)
