@@ -42,7 +42,11 @@ LOOKS = 0.03
 LIMIT = 1800.0
 """Seconds for one run of one way: what takes longer hangs."""
 
-KEPT = {"MALLOC_MMAP_THRESHOLD_": f"{4 << 30}", "MALLOC_TRIM_THRESHOLD_": f"{8 << 30}", "MALLOC_TOP_PAD_": f"{256 << 20}"}
+KEPT = {
+    "MALLOC_MMAP_THRESHOLD_": f"{4 << 30}",
+    "MALLOC_TRIM_THRESHOLD_": f"{8 << 30}",
+    "MALLOC_TOP_PAD_": f"{256 << 20}",
+}
 """Have glibc (mallopt(3)) keep what training frees. By itself it gives large blocks back to the system, and each step
 faults them in again: of a step of gpt2-125m that is from a fifth to two thirds, and differs so much from one step to the
 next that what a save takes is lost in it."""
