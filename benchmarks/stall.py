@@ -48,8 +48,8 @@ KEPT = {
     "MALLOC_TOP_PAD_": f"{256 << 20}",
 }
 """Have glibc (mallopt(3)) keep what training frees. By itself it gives large blocks back to the system, and each step
-faults them in again: of a step of gpt2-125m that is from a fifth to two thirds, and differs so much from one step to the
-next that what a save takes is lost in it."""
+faults them in again: of a step of gpt2-125m that is from a fifth to two thirds, and differs so much from one step to
+the next that what a save takes is lost in it."""
 
 # ---- one way, in this process ----------------------------------------------------------------
 
@@ -203,8 +203,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="sequences of a step")
     parser.add_argument("--length", type=int, default=64, help="tokens of a sequence")
     parser.add_argument("--warm", type=int, default=2, help="steps before the clock runs")
-    parser.add_argument("--allocator", choices=("kept", "system"), default="kept", help="whether glibc keeps memory")
     parser.add_argument("--install", type=Path, metavar="DIRECTORY", help="other libraries' environments are made here")
+    parser.add_argument("--allocator", choices=("kept", "system"), default="kept", help="whether glibc keeps memory")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--report", type=int, help=argparse.SUPPRESS)
     figures.options(parser)
@@ -239,8 +239,7 @@ def main() -> None:
     finally:
         shutil.rmtree(place, ignore_errors=True)
     found = {way: runs for way, runs in found.items() if len(runs) == args.repeat}
-    facts = {"state": args.state, "every": args.every, "saves": args.saves, "threads": args.threads}
-    facts["allocator"] = args.allocator
+    facts = {name: getattr(args, name) for name in ("state", "every", "saves", "threads", "allocator")}
     document = figures.write(args.json, "stall", **facts, runs=found, missing=missing)
     show(document)
     if args.plot:

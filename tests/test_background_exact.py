@@ -9,9 +9,11 @@ import random
 import signal
 import threading
 import time
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ import lastgood
 import loops
 from lastgood.format import tensors as safetensors
 from lastgood.repo.read import records
+from lastgood.state import lazy
 from lastgood.state.lazy import Pace
 from lastgood.store import fs
 from lastgood.talk import say
@@ -82,6 +85,11 @@ def late(seed: int) -> Pace:
     return Pace(small=1, piece=1009, wait=wait)
 
 
+def several(seed: int) -> AbstractContextManager[object]:
+    """Of a small state, too, the copy is made by several threads, at every second seed."""
+    return patch.object(lazy, "APART", lazy.APART if seed % 2 else 1)
+
+
 def content(root: Path) -> dict[str, Any]:
     """Every file of every checkpoint as hashes tell, beside what names the moment."""
     found: dict[str, Any] = {}
@@ -99,7 +107,7 @@ def content(root: Path) -> dict[str, Any]:
 
 
 def trained(case: Case, out: Path, result: Path, seed: int, **more: Any) -> None:
-    with fs.using(Late(seed)):
+    with fs.using(Late(seed)), several(seed):
         train(replace(case, options={**case.options, "background": True}), out, result, pace=late(seed), **more)
 
 
@@ -151,7 +159,7 @@ def test_who_looks_into_a_checkpoint_finds_it(who: str, tmp_path: Path, caplog: 
 
 
 def looped(name: str, root: Path, out: Path, seed: int, kill: int = -1, background: bool = True) -> None:
-    with fs.using(Late(seed)):
+    with fs.using(Late(seed)), several(seed):
         loops.train(name, root, out, kill=kill, every=1, background=background, pace=late(seed))
 
 

@@ -22,6 +22,8 @@ from test_background_exact import content
 from test_lazy_unsafe import SAFE, UNSAFE, Act, assigned, doubled, put_in, replaced
 from test_lazy_unsafe import content as tensors
 
+import forked
+
 TORCHS = [
     one for one in vars(torch.optim).values()
     if isinstance(one, type) and issubclass(one, torch.optim.Optimizer) and one is not torch.optim.Optimizer
@@ -68,6 +70,22 @@ def test_nothing_changes_before_the_closure_has_returned(kind: type[torch.optim.
         handle.remove()
     assert kind.__name__ not in OWN or ended == expected
     assert len({str(one) for one in expected}) == 3, "each step changes something"
+
+
+def compiled_before(kind: str) -> None:
+    """What torch.compile excludes it wraps, as soon as it is used for anything."""
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))
+    optimizer = getattr(torch.optim, kind)([nn.Parameter(torch.randn(3))])
+    handle = register_optimizer_step_pre_hook(lambda *_: None)
+    assert waits(optimizer, handle.id)
+    optimizer.step = torch.compile(optimizer.step, backend="eager")
+    assert not waits(optimizer, handle.id), "but one that is compiled calls no hook"
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "LBFGS", "SparseAdam"])
+def test_a_program_that_compiles_something_else_changes_nothing_of_that(kind: str, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert forked.run(compiled_before, kind, log=log) == 0, log.read_text()
 
 
 class Seen:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -21,6 +23,10 @@ from lastgood.background import Background
 from lastgood.format import tensors as safetensors
 from lastgood.repo import journal
 from lastgood.repo.read import records
+from lastgood.state import lazy
+from lastgood.state.lazy import Lazy, Pace
+from lastgood.state.tensors import named
+from lastgood.store.memory import Arena
 from lazily import Gate, Late, Net
 from test_background_exact import content
 
@@ -154,11 +160,19 @@ def test_I9_the_same_checkpoints_as_copied_at_once(kind: str, tmp_path: Path) ->
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
-@given(seed=st.integers(0, 2**32), kind=st.sampled_from(sorted(set(KINDS) - {"8 bit", "accelerate"})))
-def test_I9_whenever_the_writer_comes_to_it(seed: int, kind: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+@given(
+    seed=st.integers(0, 2**32),
+    kind=st.sampled_from(sorted(set(KINDS) - {"8 bit", "accelerate"})),
+    many=st.sampled_from([1, lazy.APART]),
+)
+def test_I9_whenever_the_writer_comes_to_it(
+    seed: int, kind: str, many: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Alone, or with the threads that help it with a large state."""
     root = tmp_path_factory.mktemp("late")
     run(kind, root / "a", None)
-    run(kind, root / "b", Late(seed))
+    with patch.object(lazy, "APART", many):
+        run(kind, root / "b", Late(seed))
     assert content(root / "a") == content(root / "b")
 
 
@@ -306,3 +320,25 @@ def test_I20_what_is_in_memory_is_committed_inside_a_step(tmp_path: Path) -> Non
     assert forked.run(terminated, tmp_path / "run", steps, log=log) == 75, log.read_text()
     assert steps.read_text() == "inside the step: checkpoint-1"
     assert [record.step for record in records(tmp_path / "run")] == [1, 2]
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core")
+def test_a_large_state_is_copied_by_several_threads() -> None:
+    meet = threading.Barrier(2, timeout=120)
+    met: set[int] = set()
+
+    def wait(left: int) -> None:
+        if threading.get_ident() not in met:
+            met.add(threading.get_ident())
+            meet.wait()
+
+    tensors = {name: torch.randn(lazy.APART // 8) for name in "abc"}
+    window = Lazy({(one.data_ptr(), one.nbytes) for one in tensors.values()}, set(), pace=Pace(wait=wait))
+    source = window.stage(named(tensors), Arena())
+    window.begin()
+    with patch.object(os, "cpu_count", lambda: 2):
+        window.fill()
+    window.prove()
+    assert len(met) == 2
+    copies = {entry.name: bytes(entry.data) for entry in source.tensors()}
+    assert copies == {name: one.numpy().tobytes() for name, one in tensors.items()}

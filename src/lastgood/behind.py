@@ -129,13 +129,13 @@ class Behind(Holding):
         background = self.background
 
         def job() -> None:
-            if background is not None:
-                self._arena.budget = background.budget
-                with suppress(Short):  # the save itself says so
-                    self._arena.ready(count, until=lambda: self._awaited)
-            with suppress(OSError):  # so does this: a lack of memory here is no save that failed
+            with suppress(OSError):  # a lack of memory here is no save that failed: the save itself says so
                 direct.ready(count)
             also()
+            if background is not None:  # behind what is done soon: a first save that comes early doesn't wait for it
+                self._arena.budget = background.budget
+                with suppress(Short):
+                    self._arena.ready(count, until=lambda: self._awaited)
 
         if count >= direct.LARGE or background is not None:
             self._writer.submit(job)

@@ -22,6 +22,9 @@ each of them. One that a later torch brings isn't relied on."""
 THROUGH = "torch.utils._contextlib"
 """Where torch's `no_grad` comes from, which some of their steps are wrapped in."""
 
+EXCLUDED = "torch._dynamo.eval_frame"
+"""Where the wrapper comes from by which torch.compile, once it was used for anything, leaves out a step of theirs."""
+
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """(args, kwargs) of a step, with the optimizer in front."""
 
@@ -66,7 +69,8 @@ def _plain(step: Any) -> bool:
     step = getattr(step, "__func__", step)
     while step is not None:
         made = getattr(step, "__globals__", {}).get("__name__", "")
-        if made != THROUGH and not _torchs(made):
+        left_out = made == EXCLUDED and hasattr(step, "_torchdynamo_disable") and not hasattr(step, "_is_torch_compile")
+        if made != THROUGH and not left_out and not _torchs(made):
             return False
         step = getattr(step, "__wrapped__", None)
     return True

@@ -32,9 +32,9 @@ PIECE = 1 << 20
 """Bytes (1 MiB) that are copied in one go: a step waits for no more than that of what another thread has begun."""
 
 APART = 1 << 24
-"""Bytes (16 MiB) of weights from which on it is worth its while to start threads that note them."""
-NOTERS = 8
-"""Threads that note what the tensors are; as many as there are cores, if those are fewer."""
+"""Bytes (16 MiB) from which on it is worth its while to start threads that note or copy them."""
+HANDS = 8
+"""Threads that note what the tensors are, or copy them; as many as there are cores, if those are fewer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,7 @@ class Lazy:
     _todo: deque[tuple[Guarded, int, int]] = field(default_factory=deque)
     _copied: list[None] = field(default_factory=list)
     _pieces: int = -1
+    _many: bool = False
     _done: threading.Event = field(default_factory=threading.Event)
     _owner: int = field(default_factory=os.getpid)
 
@@ -84,7 +85,7 @@ class Lazy:
         weights = [one for one in self._guarded[before:] if one.weight]
         if sum(len(one.target) for one in weights) >= APART:
             weights.sort(key=lambda one: -len(one.target))
-            together([one.note for one in weights], limit=min(NOTERS, os.cpu_count() or 1))
+            together([one.note for one in weights], limit=min(HANDS, os.cpu_count() or 1))
         for one in self._guarded[before:]:
             if one.noted is None:
                 one.note()
@@ -128,6 +129,7 @@ class Lazy:
             size = self.pace.piece
             self._todo += [(one, at, min(at + size, count)) for at in range(0, count, size)]
         self._pieces = len(self._todo)
+        self._many = sum(len(one.target) for one in self._guarded) >= APART
         if not self._pieces:
             self._close()
 
@@ -145,6 +147,11 @@ class Lazy:
         self.waited += time.perf_counter() - started
 
     def fill(self) -> None:
+        # As for the notes, and beside a training that uses every core: it is as slow as the core that is held up most.
+        count = HANDS if self._many else 1
+        together([self._fill] * count, limit=min(count, os.cpu_count() or 1))
+
+    def _fill(self) -> None:
         while not self._done.is_set():
             if self.pace.wait is not None:
                 self.pace.wait(len(self._todo))

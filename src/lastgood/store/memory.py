@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import mmap
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count as counted
 from pathlib import Path
 
 from lastgood.store import pages
+from lastgood.store.together import together
 
 BLOCK = 16 << 20
 """Bytes (16 MiB) taken from the system at least."""
 ALIGN = 64
 """Every copy begins at a multiple of so many bytes."""
 SLICE = 2 << 20
-"""Bytes (2 MiB, a large page) faulted in by one call: nobody else gets memory from the system for as long as it takes."""
+"""Bytes (2 MiB, a large page) faulted in by one call: nobody else gets memory from the system meanwhile."""
+FAULTING = 2
+"""Threads that do so. A training that uses every core is as slow as the core that is held up most: what two of them
+share costs it half of the time."""
 
 
 class Short(Exception):
@@ -174,9 +179,18 @@ def _mapped(size: int, until: Callable[[], object]) -> mmap.mmap:
         raise Short from None
     # Not in data workers that are forked later: a page that the next save writes to would be copied for each of them.
     pages.advise(memory, "MADV_DONTFORK")
-    for begin in range(0, size, SLICE):
-        if until() or not pages.fault_in(memory, begin, min(SLICE, size - begin)):
-            break
+    waiting = deque(range(0, size, SLICE))
+
+    def fault_in() -> None:
+        while not until():
+            try:
+                begin = waiting.popleft()
+            except IndexError:
+                return
+            if not pages.fault_in(memory, begin, min(SLICE, size - begin)):
+                waiting.clear()
+
+    together([fault_in] * FAULTING, limit=FAULTING)
     return memory
 
 
