@@ -324,7 +324,7 @@ def test_I20_what_is_in_memory_is_committed_inside_a_step(tmp_path: Path) -> Non
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core")
 def test_a_large_state_is_copied_by_several_threads() -> None:
-    meet = threading.Barrier(2, timeout=120)
+    meet = threading.Barrier(2, timeout=30)
     met: set[int] = set()
 
     def wait(left: int) -> None:
