@@ -20,6 +20,7 @@ from pathlib import Path
 
 from faults.mutations import ON_DISK, Mutant
 from faults.mutations_behind import BEHIND
+from faults.mutations_copies import COPIES
 from faults.mutations_known import KNOWN
 
 HERE = Path(__file__).parent.parent
@@ -28,7 +29,7 @@ RED = 3
 """Exit status of a lane that found something: not that of a traceback."""
 
 
-MUTANTS: Sequence[Mutant] = (*ON_DISK, *BEHIND, *KNOWN)
+MUTANTS: Sequence[Mutant] = (*ON_DISK, *BEHIND, *KNOWN, *COPIES)
 
 
 def caught(mutant: Mutant) -> str:

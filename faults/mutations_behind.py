@@ -19,22 +19,22 @@ BEHIND: Sequence[Mutant] = (
     Mutant(
         "the first piece is skipped",
         "state/lazy.py",
-        "for at in range(0, count, size)]",
-        "for at in range(size, count, size)]",
+        "for at in range(0, len(one.target), size)]",
+        "for at in range(size, len(one.target), size)]",
         "test_lazy.py -k I9_the_same",
     ),
     Mutant(
         "a window that closes before the last piece",
         "state/lazy.py",
-        "if len(self._copied) == self._pieces:",
-        "if len(self._copied) == max(1, self._pieces - 1):",
+        "if len(self._copied) < self._pieces:",
+        "if len(self._copied) < max(1, self._pieces - 1):",
         "test_lazy.py -k I9_the_same",
     ),
     Mutant(
         "a piece that was interrupted counts as copied",
         "state/lazy.py",
-        "            self._todo.append(piece)\n            raise\n",
-        "            self._copied.append(None)\n            raise\n",
+        "                self._todo.append(piece)\n            raise\n",
+        "                self._copied.add(number)\n            raise\n",
         "test_lazy_unsafe.py -k interrupted",
     ),
     Mutant(
@@ -372,5 +372,12 @@ BEHIND: Sequence[Mutant] = (
         ' and not hasattr(step, "_is_torch_compile")',
         "",
         "test_closures.py -k compiles",
+    ),
+    Mutant(
+        "a window is closed twice",
+        "state/lazy.py",
+        "            if not self._done.is_set():\n                for",
+        "            if True:\n                for",
+        "test_lazy.py -k slower",
     ),
 )

@@ -342,3 +342,36 @@ def test_a_large_state_is_copied_by_several_threads() -> None:
     assert len(met) == 2
     copies = {entry.name: bytes(entry.data) for entry in source.tensors()}
     assert copies == {name: one.numpy().tobytes() for name, one in tensors.items()}
+
+
+class Slow(set[int]):
+    """Whoever isn't the main thread sees what it has added no sooner than it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.added, self.go = threading.Event(), threading.Event()
+
+    def add(self, number: int) -> None:
+        super().add(number)
+        if threading.current_thread() is not threading.main_thread():
+            self.added.set()
+            assert self.go.wait(30)
+
+
+def test_the_slower_one_of_two_that_copy_comes_when_training_has_gone_on() -> None:
+    tensor, slow = torch.randn(1000), Slow()
+    window = Lazy(set(), {(tensor.data_ptr(), tensor.nbytes)}, own={id(tensor)}, pace=Pace(small=1, piece=2000))
+    source = window.stage(named({"moment": tensor}), Arena())
+    before = tensor.numpy().tobytes()
+    window.begin()
+    window._copied = slow
+    writer = threading.Thread(target=window.fill)
+    writer.start()
+    assert slow.added.wait(30)
+    window.finish()
+    tensor.mul_(2)  # the next step
+    slow.go.set()
+    writer.join()
+    window.prove()
+    (entry,) = source.tensors()
+    assert bytes(entry.data) == before

@@ -66,11 +66,12 @@ class Lazy:
     pace: Pace = field(default_factory=Pace)
     waited: float = 0.0
     _guarded: list[Guarded] = field(default_factory=list)
-    _todo: deque[tuple[Guarded, int, int]] = field(default_factory=deque)
-    _copied: list[None] = field(default_factory=list)
+    _todo: deque[tuple[int, Guarded, int, int]] = field(default_factory=deque)  # pieces, with their numbers
+    _copied: set[int] = field(default_factory=set)
     _pieces: int = -1
     _many: bool = False
     _done: threading.Event = field(default_factory=threading.Event)
+    _closing: threading.Lock = field(default_factory=threading.Lock)
     _owner: int = field(default_factory=os.getpid)
 
     def stage(self, tensors: Iterable[Tensor], arena: Arena) -> Source:
@@ -124,11 +125,10 @@ class Lazy:
         return self.own is not None and (guard.weight or id(tensor) in self.own)
 
     def begin(self) -> None:
-        for one in self._guarded:
-            count = len(one.target)
-            size = self.pace.piece
-            self._todo += [(one, at, min(at + size, count)) for at in range(0, count, size)]
-        self._pieces = len(self._todo)
+        size = self.pace.piece
+        pieces = [(one, at) for one in self._guarded for at in range(0, len(one.target), size)]
+        self._todo += [(n, one, at, min(at + size, len(one.target))) for n, (one, at) in enumerate(pieces)]
+        self._pieces = len(pieces)
         self._many = sum(len(one.target) for one in self._guarded) >= APART
         if not self._pieces:
             self._close()
@@ -162,21 +162,33 @@ class Lazy:
         try:
             piece = self._todo.popleft()
         except IndexError:
-            self._done.wait(0.05)
+            if not self._all_copied():
+                self._done.wait(0.05)
             return
+        number, one, begin, end = piece
         try:
-            piece[0].copy(*piece[1:])
+            one.copy(begin, end)
+            self._copied.add(number)
         except BaseException:
-            self._todo.append(piece)
+            if number not in self._copied:
+                self._todo.append(piece)
             raise
-        self._copied.append(None)
-        if len(self._copied) == self._pieces:
-            self._close()
+        self._all_copied()
+
+    def _all_copied(self) -> bool:
+        """Whether that is so; then the window is closed."""
+        if len(self._copied) < self._pieces:
+            return False
+        self._close()
+        return True
 
     def _close(self) -> None:
-        for one in self._guarded:
-            one.close()
-        self._done.set()
+        """Once: of two threads that see the last pieces through, the slower one comes when training has gone on."""
+        with self._closing:
+            if not self._done.is_set():
+                for one in self._guarded:
+                    one.close()
+                self._done.set()
 
     def prove(self) -> None:
         names = [one.name for one in self._guarded if not one.proven()]
