@@ -21,8 +21,8 @@ def resident(part: mmap.mmap | memoryview) -> int:
     first, last = view.ctypes.data // mmap.PAGESIZE, -(-(view.ctypes.data + len(view)) // mmap.PAGESIZE)
     with open("/proc/self/pagemap", "rb", buffering=0) as file:
         file.seek(first * 8)
-        pages = np.frombuffer(file.read((last - first) * 8), np.uint64)
-    return int((pages >> np.uint64(63)).sum()) * mmap.PAGESIZE
+        told = np.frombuffer(file.read((last - first) * 8), np.uint64)
+    return int((told >> np.uint64(63)).sum()) * mmap.PAGESIZE
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="madvise(2) of Linux")

@@ -69,7 +69,6 @@ class Lazy:
     _todo: deque[tuple[int, Guarded, int, int]] = field(default_factory=deque)  # pieces, with their numbers
     _copied: set[int] = field(default_factory=set)
     _pieces: int = -1
-    _many: bool = False
     _done: threading.Event = field(default_factory=threading.Event)
     _closing: threading.Lock = field(default_factory=threading.Lock)
     _owner: int = field(default_factory=os.getpid)
@@ -129,7 +128,6 @@ class Lazy:
         pieces = [(one, at) for one in self._guarded for at in range(0, len(one.target), size)]
         self._todo += [(n, one, at, min(at + size, len(one.target))) for n, (one, at) in enumerate(pieces)]
         self._pieces = len(pieces)
-        self._many = sum(len(one.target) for one in self._guarded) >= APART
         if not self._pieces:
             self._close()
 
@@ -148,8 +146,9 @@ class Lazy:
 
     def fill(self) -> None:
         # As for the notes, and beside a training that uses every core: it is as slow as the core that is held up most.
-        count = HANDS if self._many else 1
-        together([self._fill] * count, limit=min(count, os.cpu_count() or 1))
+        many = sum(len(one.target) for one in self._guarded) >= APART
+        hands = min(HANDS, os.cpu_count() or 1) if many else 1
+        together([self._fill] * hands, limit=hands)
 
     def _fill(self) -> None:
         while not self._done.is_set():

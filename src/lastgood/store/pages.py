@@ -42,7 +42,7 @@ def fault_in(memory: mmap.mmap, begin: int, count: int) -> bool:
         return False
     import ctypes  # what only looks starts faster without
 
-    call = ctypes.CDLL(None, use_errno=True).madvise
+    call = ctypes.CDLL(None).madvise
     call.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     place = ctypes.addressof(ctypes.c_char.from_buffer(memory, begin))
     return bool(call(place, count, POPULATE_WRITE) == 0)
